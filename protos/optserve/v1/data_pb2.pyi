@@ -1,0 +1,199 @@
+from optserve.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Contribution(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONTRIBUTION_UNSPECIFIED: _ClassVar[Contribution]
+    CONTRIBUTION_GRADIENT: _ClassVar[Contribution]
+    CONTRIBUTION_SKIP: _ClassVar[Contribution]
+    CONTRIBUTION_NONFINITE: _ClassVar[Contribution]
+CONTRIBUTION_UNSPECIFIED: Contribution
+CONTRIBUTION_GRADIENT: Contribution
+CONTRIBUTION_SKIP: Contribution
+CONTRIBUTION_NONFINITE: Contribution
+
+class StreamOpen(_message.Message):
+    __slots__ = ("job_id", "session_id", "epoch", "seen")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    session_id: str
+    epoch: int
+    seen: _types_pb2.Position
+    def __init__(self, job_id: _Optional[str] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., seen: _Optional[_Union[_types_pb2.Position, _Mapping]] = ...) -> None: ...
+
+class StreamOpened(_message.Message):
+    __slots__ = ("position", "last_seq")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQ_FIELD_NUMBER: _ClassVar[int]
+    position: _types_pb2.Position
+    last_seq: int
+    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., last_seq: _Optional[int] = ...) -> None: ...
+
+class PushBegin(_message.Message):
+    __slots__ = ("call", "contribution", "weight", "parameter_count", "absent", "content_fingerprint", "want_weights", "metrics")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    WANT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    call: _types_pb2.CallIdentity
+    contribution: Contribution
+    weight: float
+    parameter_count: int
+    absent: _containers.RepeatedScalarFieldContainer[int]
+    content_fingerprint: int
+    want_weights: bool
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, str]] = ..., weight: _Optional[float] = ..., parameter_count: _Optional[int] = ..., absent: _Optional[_Iterable[int]] = ..., content_fingerprint: _Optional[int] = ..., want_weights: bool = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class PullWeights(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StreamRequest(_message.Message):
+    __slots__ = ("open", "push", "end", "pull", "chunk")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    open: StreamOpen
+    push: PushBegin
+    end: _types_pb2.StreamEnd
+    pull: PullWeights
+    chunk: _types_pb2.TensorChunk
+    def __init__(self, open: _Optional[_Union[StreamOpen, _Mapping]] = ..., push: _Optional[_Union[PushBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., pull: _Optional[_Union[PullWeights, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+
+class PushResult(_message.Message):
+    __slots__ = ("seq", "position", "learning_rates", "grad_norm", "skipped", "skip_reason", "ranks", "waited_for_rank", "waited_seconds")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
+    GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    SKIP_REASON_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FOR_RANK_FIELD_NUMBER: _ClassVar[int]
+    WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    position: _types_pb2.Position
+    learning_rates: _containers.RepeatedScalarFieldContainer[float]
+    grad_norm: float
+    skipped: bool
+    skip_reason: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    waited_for_rank: int
+    waited_seconds: float
+    def __init__(self, seq: _Optional[int] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., learning_rates: _Optional[_Iterable[float]] = ..., grad_norm: _Optional[float] = ..., skipped: bool = ..., skip_reason: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., waited_for_rank: _Optional[int] = ..., waited_seconds: _Optional[float] = ...) -> None: ...
+
+class RoundWaiting(_message.Message):
+    __slots__ = ("round", "missing", "waited_seconds")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    missing: _containers.RepeatedCompositeFieldContainer[_types_pb2.Member]
+    waited_seconds: float
+    def __init__(self, round: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[_types_pb2.Member, _Mapping]]] = ..., waited_seconds: _Optional[float] = ...) -> None: ...
+
+class RoundResend(_message.Message):
+    __slots__ = ("round",)
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    def __init__(self, round: _Optional[int] = ...) -> None: ...
+
+class WeightsBegin(_message.Message):
+    __slots__ = ("position", "layout_version", "layout")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    position: _types_pb2.Position
+    layout_version: int
+    layout: _types_pb2.Layout
+    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout_version: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ...) -> None: ...
+
+class Goodbye(_message.Message):
+    __slots__ = ("error",)
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    error: _types_pb2.ErrorDetail
+    def __init__(self, error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+
+class StreamResponse(_message.Message):
+    __slots__ = ("opened", "pushed", "waiting", "resend", "error", "weights", "end", "goodbye", "chunk")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RESEND_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    opened: StreamOpened
+    pushed: PushResult
+    waiting: RoundWaiting
+    resend: RoundResend
+    error: _types_pb2.ErrorDetail
+    weights: WeightsBegin
+    end: _types_pb2.StreamEnd
+    goodbye: Goodbye
+    chunk: _types_pb2.TensorChunk
+    def __init__(self, opened: _Optional[_Union[StreamOpened, _Mapping]] = ..., pushed: _Optional[_Union[PushResult, _Mapping]] = ..., waiting: _Optional[_Union[RoundWaiting, _Mapping]] = ..., resend: _Optional[_Union[RoundResend, _Mapping]] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., weights: _Optional[_Union[WeightsBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+
+class PushRequest(_message.Message):
+    __slots__ = ("begin", "end", "chunk")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    begin: PushBegin
+    end: _types_pb2.StreamEnd
+    chunk: _types_pb2.TensorChunk
+    def __init__(self, begin: _Optional[_Union[PushBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+
+class PushResponse(_message.Message):
+    __slots__ = ("result",)
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    result: PushResult
+    def __init__(self, result: _Optional[_Union[PushResult, _Mapping]] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("job_id", "parameters", "include_layout", "seen")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    parameters: _containers.RepeatedScalarFieldContainer[str]
+    include_layout: bool
+    seen: _types_pb2.Position
+    def __init__(self, job_id: _Optional[str] = ..., parameters: _Optional[_Iterable[str]] = ..., include_layout: bool = ..., seen: _Optional[_Union[_types_pb2.Position, _Mapping]] = ...) -> None: ...
+
+class PullResponse(_message.Message):
+    __slots__ = ("begin", "end", "chunk")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    begin: WeightsBegin
+    end: _types_pb2.StreamEnd
+    chunk: _types_pb2.TensorChunk
+    def __init__(self, begin: _Optional[_Union[WeightsBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...

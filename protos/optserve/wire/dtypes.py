@@ -1,0 +1,46 @@
+"""The element types of parameters on the wire and in NumPy.
+
+bfloat16 is `ml_dtypes.bfloat16` in NumPy. The 16-bit types have float32 masters and float32 optimizer state.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from optserve.v1 import types_pb2 as pb
+from optserve.wire.errors import DtypeMismatchError
+
+DTYPES: dict[pb.DataType, np.dtype[np.generic]] = {
+    pb.DATA_TYPE_FLOAT32: np.dtype(np.float32),
+    pb.DATA_TYPE_FLOAT64: np.dtype(np.float64),
+    pb.DATA_TYPE_FLOAT16: np.dtype(np.float16),
+    pb.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+"""Wire to NumPy."""
+
+_DATA_TYPES = {dtype: data_type for data_type, dtype in DTYPES.items()}
+
+
+def to_wire(dtype: npt.DTypeLike, what: str = "array") -> pb.DataType:
+    """The wire's name of a NumPy dtype. DtypeMismatchError names `what` if optserve does not hold that dtype."""
+    found = np.dtype(dtype)
+    try:
+        return _DATA_TYPES[found]
+    except KeyError:
+        allowed = ", ".join(entry.name for entry in DTYPES.values())
+        raise DtypeMismatchError(f"{what} has dtype {found}; allowed are {allowed}", found=found) from None
+
+
+def from_wire(data_type: pb.DataType, what: str = "array") -> np.dtype[np.generic]:
+    """The NumPy dtype of a wire name. DtypeMismatchError names `what` if the number is not known."""
+    try:
+        return DTYPES[data_type]
+    except KeyError:
+        raise DtypeMismatchError(f"{what} has the unknown data type {data_type}", found=data_type) from None
+
+
+def state_dtype(dtype: npt.DTypeLike) -> np.dtype[np.generic]:
+    """The dtype of masters, accumulators and optimizer state of a parameter: float64 for float64, else float32."""
+    return np.dtype(np.float64) if np.dtype(dtype) == np.float64 else np.dtype(np.float32)

@@ -1,0 +1,150 @@
+"""Where each parameter lies: one flat array for each (group, dtype), parameters at multiples of 32 elements, zeros between.
+
+Groups are only ever added, so a layout stays a valid part of every later one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from optserve.v1 import types_pb2 as pb
+from optserve.wire import dtypes
+from optserve.wire.chunks import CHUNK_BYTES
+from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, ProtocolViolationError, UnknownParameterError
+
+ALIGNMENT = 32
+"""Elements: 64 bytes in the 16-bit types."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One parameter. `index` is torch's integer id; `offset` and `size` are in elements of its array."""
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    array_id: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Array:
+    """One flat array. `length` is in elements, padding included."""
+
+    array_id: int
+    group: int
+    dtype: np.dtype[np.generic]
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameters of a job in the order of torch's ids, and the flat arrays that hold them."""
+
+    version: int = 0
+    places: tuple[Place, ...] = ()
+    arrays: tuple[Array, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, Place]:
+        return {place.name: place for place in self.places}
+
+    def place(self, name: str, what: str = "parameter") -> Place:
+        """The place of a name. UnknownParameterError says `what` was named so."""
+        try:
+            return self.by_name[name]
+        except KeyError:
+            known = ", ".join(repr(entry) for entry in list(self.by_name)[:8])
+            more = f" and {len(self.places) - 8} more" if len(self.places) > 8 else ""
+            raise UnknownParameterError(f"{what} {name!r} is not in the job; its parameters are {known}{more}") from None
+
+    def extended(self, group: int, parameters: Sequence[tuple[str, tuple[int, ...], np.dtype[np.generic]]]) -> Layout:
+        """This layout with one more group. InvalidArgumentError or DuplicateParameterError if it cannot be."""
+        if not parameters:
+            raise InvalidArgumentError(f"param group {group} has no parameters")
+        taken = set(self.by_name)
+        lengths: dict[np.dtype[np.generic], int] = {}
+        ids: dict[np.dtype[np.generic], int] = {}
+        places = list(self.places)
+        for name, shape, dtype in parameters:
+            if not name:
+                raise InvalidArgumentError(f"a parameter of group {group} has an empty name")
+            if any(extent < 0 for extent in shape):
+                raise InvalidArgumentError(f"parameter {name!r} has the shape {shape}; no extent may be negative")
+            if name in taken:
+                raise DuplicateParameterError(f"parameter {name!r} appears more than once", parameter=name)
+            taken.add(name)
+            array_id = ids.setdefault(dtype, len(self.arrays) + len(ids))
+            offset = lengths.get(dtype, 0)
+            lengths[dtype] = offset + -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+            places.append(Place(len(places), name, shape, dtype, array_id, offset))
+        arrays = (*self.arrays, *(Array(ids[dtype], group, dtype, lengths[dtype]) for dtype in ids))
+        return Layout(self.version + 1, tuple(places), arrays)
+
+    def views(
+        self, arrays: Mapping[int, npt.NDArray[np.generic]], names: Iterable[str] | None = None
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """Each parameter as a view of its flat array, in its shape."""
+        chosen = self.places if names is None else [self.place(name) for name in names]
+        return {
+            place.name: arrays[place.array_id][place.offset : place.offset + place.size].reshape(place.shape)
+            for place in chosen
+        }
+
+    def blocks_of(self, indices: Iterable[int]) -> dict[int, list[int]]:
+        """The grid blocks of each array that hold anything of the parameters with these indices."""
+        touched: dict[int, set[int]] = {}
+        for index in indices:
+            place = self.places[index]
+            if place.size:
+                width = place.dtype.itemsize
+                first, last = place.offset * width // CHUNK_BYTES, ((place.offset + place.size) * width - 1) // CHUNK_BYTES
+                touched.setdefault(place.array_id, set()).update(range(first, last + 1))
+        return {array_id: sorted(found) for array_id, found in sorted(touched.items())}
+
+    def to_proto(self) -> pb.Layout:
+        """As it travels, each array placed on the server that answers."""
+        return pb.Layout(
+            layout_version=self.version,
+            parameters=[
+                pb.Parameter(name=p.name, shape=p.shape, dtype=dtypes.to_wire(p.dtype), array_id=p.array_id, offset=p.offset)
+                for p in self.places
+            ],
+            arrays=[
+                pb.FlatArray(array_id=a.array_id, group=a.group, dtype=dtypes.to_wire(a.dtype), length=a.length)
+                for a in self.arrays
+            ],
+            placements=[pb.Placement(array_id=a.array_id, begin=0, end=a.length) for a in self.arrays],
+        )
+
+    @classmethod
+    def from_proto(cls, layout: pb.Layout) -> Layout:
+        """A received layout. ProtocolViolationError for a placement on another server, which this version does not know."""
+        for placement in layout.placements:
+            if placement.endpoint:
+                raise ProtocolViolationError(
+                    f"array {placement.array_id} is on {placement.endpoint}; this client knows jobs on one server only"
+                )
+        return cls(
+            layout.layout_version,
+            tuple(
+                Place(index, p.name, tuple(p.shape), dtypes.from_wire(p.dtype, p.name), p.array_id, p.offset)
+                for index, p in enumerate(layout.parameters)
+            ),
+            tuple(Array(a.array_id, a.group, dtypes.from_wire(a.dtype), a.length) for a in layout.arrays),
+        )

@@ -1,0 +1,67 @@
+"""Hyperparameters and schedule arguments between Python and the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from optserve.v1 import types_pb2 as pb
+from optserve.wire.errors import InvalidHyperparameterError
+
+Value = None | bool | int | float | str | tuple[float, ...]
+"""What a hyperparameter may be."""
+
+
+def to_value(name: str, value: object) -> pb.Value:
+    """The wire form; NumPy scalars count as Python numbers, lists as tuples. InvalidHyperparameterError for anything else."""
+    item = getattr(value, "item", None)
+    if item is not None and getattr(value, "shape", None) == ():
+        value = item()
+    if value is None:
+        return pb.Value()
+    if isinstance(value, bool):
+        return pb.Value(flag=value)
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return pb.Value(integer=value)
+    if isinstance(value, float):
+        return pb.Value(number=value)
+    if isinstance(value, str):
+        return pb.Value(text=value)
+    if isinstance(value, list | tuple) and all(
+        isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value
+    ):
+        return pb.Value(numbers=pb.NumberList(values=value))
+    raise InvalidHyperparameterError(
+        f"{name} is {value!r} of type {type(value).__name__}; allowed are None, bool, int, float, str and tuples of numbers"
+    )
+
+
+def from_value(value: pb.Value) -> Value:
+    """The Python form."""
+    match value.WhichOneof("kind"):
+        case "number":
+            return value.number
+        case "integer":
+            return value.integer
+        case "flag":
+            return value.flag
+        case "text":
+            return value.text
+        case "numbers":
+            return tuple(value.numbers.values)
+        case _:
+            return None
+
+
+def to_hyperparameters(values: Mapping[str, object]) -> list[pb.Hyperparameter]:
+    """A mapping in its order."""
+    return [pb.Hyperparameter(name=name, value=to_value(name, value)) for name, value in values.items()]
+
+
+def from_hyperparameters(entries: Iterable[pb.Hyperparameter]) -> dict[str, Value]:
+    """A mapping in its order. InvalidHyperparameterError if a name comes twice."""
+    values: dict[str, Value] = {}
+    for entry in entries:
+        if entry.name in values:
+            raise InvalidHyperparameterError(f"hyperparameter {entry.name!r} is given twice")
+        values[entry.name] = from_value(entry.value)
+    return values

@@ -1,0 +1,50 @@
+"""A job's lineages: which versions still count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optserve.server.records import Position
+from optserve.wire import errors
+
+
+@dataclass
+class History:
+    """The lineage of now, the version it began at, and where each earlier one ended."""
+
+    lineage_id: str
+    began_at: int = 0
+    ended: dict[str, int] = field(default_factory=dict)
+
+    def branch(self, lineage_id: str, version: int) -> None:
+        """Begins a new lineage at a version; of every earlier one, what came after is gone."""
+        self.ended[self.lineage_id] = version
+        self.ended = {lineage: min(end, version) for lineage, end in self.ended.items()}
+        self.lineage_id = lineage_id
+        self.began_at = version
+
+    def check(self, lineage_id: str, version: int, now: Position, **facts: object) -> None:
+        """RolledBackError if a client that saw (lineage, version) saw something that the job no longer has.
+
+        A lineage that is not known began and ended after what the job was restored from: it shares what this one began with.
+        """
+        end = now.version if lineage_id == self.lineage_id else self.ended.get(lineage_id, self.began_at)
+        if lineage_id and version > end:
+            raise errors.RolledBackError(
+                f"the job stands before what this client saw: version {version} is gone, it went back to version {end} "
+                f"and is at version {now.version}, step {now.step}; pull the weights and go on from there",
+                **{"from": version, "to": end, "lineage_id": now.lineage_id, "version": now.version, "step": now.step},
+                **facts,
+            )
+
+    def to_document(self) -> dict[str, Any]:
+        return {"lineage_id": self.lineage_id, "ended": self.ended}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], lineage_id: str, version: int) -> History:
+        """The history of a checkpoint, continued by a new lineage."""
+        history = cls(document["lineage_id"], 0, dict(document["ended"]))
+        history.branch(lineage_id, version)
+        return history

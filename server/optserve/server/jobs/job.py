@@ -1,0 +1,293 @@
+"""`Job.apply(record)`: the one place where a job changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from google.protobuf import json_format
+
+from optserve.server import schedules
+from optserve.server.backends import Backend
+from optserve.server.jobs import spec as specs
+from optserve.server.jobs.history import History
+from optserve.server.jobs.sessions import Sessions
+from optserve.server.records import (
+    Caller,
+    CheckpointDeleted,
+    GroupAdded,
+    GroupUpdated,
+    Initialized,
+    Joined,
+    Left,
+    Position,
+    Record,
+    Restored,
+    Result,
+    RoundApplied,
+    ScheduleSet,
+    ScheduleStepped,
+    StateLoaded,
+    advanced,
+)
+from optserve.server.schedules import ScheduleState
+from optserve.server.store import Store, StoreState
+from optserve.v1 import jobs_pb2
+from optserve.wire import errors
+from optserve.wire.values import Value
+
+_METRICS_KEPT = 1024
+
+
+class Job:
+    """State of one job. Not thread safe: the rounds room holds the job's lock around every call."""
+
+    def __init__(self, job_id: str, plan: specs.Plan, backend: Backend, lineage_id: str) -> None:
+        self.job_id = job_id
+        self.plan = plan
+        self.store = Store(plan.optimizer, backend)
+        for parameters in plan.parameters:
+            self.store.add_group(parameters)
+        self.groups: list[dict[str, Value]] = [dict(group) for group in plan.groups]
+        self.schedule: ScheduleState | None = None
+        self.schedule_steps = 0
+        self.schedule_metrics: dict[int, float | None] = {}
+        self.sessions = Sessions()
+        self.history = History(lineage_id)
+        self.position = Position(lineage_id)
+        self.metrics: Mapping[str, float] = {}
+        self.initialized = False
+
+    @property
+    def name(self) -> str:
+        return self.plan.spec.name
+
+    @property
+    def learning_rates(self) -> list[float]:
+        return [_number(group["lr"]) for group in self.groups]
+
+    def group_names(self, index: int) -> list[str]:
+        """Names of a group's parameters in order."""
+        groups = {array.array_id: array.group for array in self.store.layout.arrays}
+        return [place.name for place in self.store.layout.places if groups[place.array_id] == index]
+
+    def check_seen(self, lineage_id: str, version: int) -> None:
+        """RolledBackError if a client saw what the job no longer has."""
+        self.history.check(lineage_id, version, self.position, schedule_steps=self.schedule_steps)
+
+    def checked_group(self, index: int) -> dict[str, Value]:
+        """UnknownParameterError if there is no such group."""
+        if not 0 <= index < len(self.groups):
+            raise errors.UnknownParameterError(f"the job has {len(self.groups)} param groups; there is no group {index}")
+        return self.groups[index]
+
+    def checked_update(self, index: int, changes: Mapping[str, Value]) -> dict[str, Value]:
+        """The group as an edit leaves it; typed errors if it may not be so."""
+        return specs.hyperparameters(self.plan.optimizer, self.checked_group(index), changes)
+
+    def checked_schedule(self, name: str, arguments: Mapping[str, Value]) -> None:
+        """UnknownScheduleError or InvalidHyperparameterError if the schedule cannot be made."""
+        if name:
+            schedules.create(name, arguments, self.groups)
+
+    def checked_step(self, count: int, metric: float | None) -> None:
+        """Refuses a schedule step without a schedule, and a worker's counted one that does not fit the other ranks'."""
+        if self.schedule is None:
+            raise errors.InvalidArgumentError("the job has no schedule; set one with set_lr_schedule")
+        if count > self.schedule_steps + 1:
+            raise errors.SequenceGapError(
+                f"schedule step {count} came after step {self.schedule_steps}; step {self.schedule_steps + 1} is next"
+            )
+        if 0 < count <= self.schedule_steps and self.schedule_metrics.get(count, metric) != metric:
+            raise errors.RanksDisagreeError(
+                f"schedule step {count} was made with the metric {self.schedule_metrics[count]}, this rank has {metric}"
+            )
+
+    def apply(self, record: Record) -> Result:
+        """Changes the job as the record says and stores the result for its caller. The record was checked before."""
+        position = advanced(self.position)
+        value: dict[str, Any] = {}
+        match record:
+            case Initialized():
+                self.store.seal()
+                self.initialized = True
+            case Joined():
+                self.sessions.join(record.name, record.rank, record.session_id, record.epoch)
+            case Left():
+                self.sessions.leave(record.name)
+            case GroupAdded():
+                self._add_group(record)
+            case GroupUpdated():
+                self.groups[record.group] = dict(record.hyperparameters)
+            case ScheduleSet():
+                self._set_schedule(record)
+                value = self.schedule_document()
+            case ScheduleStepped():
+                self._step_schedule(record)
+                value = self.schedule_document()
+            case StateLoaded():
+                self.store.load(StoreState({}, dict(record.state), dict(record.steps)), with_values=False)
+                self.groups = [dict(group) for group in record.groups]
+            case Restored():
+                position = self._restore(record)
+            case CheckpointDeleted():
+                pass
+            case RoundApplied():
+                value = self._round(record)
+                position = replace(position, step=position.step + (not record.decision.skipped))
+        self.position = position
+        result = Result(position, value)
+        for caller in self._callers(record):
+            self.sessions.store(caller, result)
+        return result
+
+    @staticmethod
+    def _callers(record: Record) -> Sequence[Caller]:
+        if isinstance(record, RoundApplied):
+            return record.callers
+        caller = getattr(record, "caller", None)
+        return () if caller is None else (caller,)
+
+    def _add_group(self, record: GroupAdded) -> None:
+        self.store.add_group([(name, array.shape, array.dtype) for name, array in record.parameters])
+        self.store.set_values(dict(record.parameters))
+        group = dict(record.hyperparameters)
+        if self.schedule is not None:
+            self.schedule, edits = schedules.extend(self.schedule, group)
+            group |= edits
+        self.groups.append(group)
+
+    def _set_schedule(self, record: ScheduleSet) -> None:
+        if not record.name:
+            self.schedule = None
+            return
+        self.schedule, edits = schedules.create(record.name, record.arguments, self.groups)
+        self._edit(edits)
+
+    def _step_schedule(self, record: ScheduleStepped) -> None:
+        if record.count:
+            if record.count <= self.schedule_steps:
+                return
+            self.schedule_steps = record.count
+            self.schedule_metrics[record.count] = record.metric
+            self.schedule_metrics.pop(record.count - _METRICS_KEPT, None)
+        if self.schedule is None:
+            raise errors.InternalError("a schedule step was recorded without a schedule")
+        self.schedule, edits = schedules.step(self.schedule, self.groups, record.metric)
+        self._edit(edits)
+
+    def _edit(self, edits: Sequence[Mapping[str, Value]]) -> None:
+        for group, edit in zip(self.groups, edits, strict=True):
+            group.update(edit)
+
+    def _round(self, record: RoundApplied) -> dict[str, Any]:
+        decision = record.decision
+        rates = self.learning_rates
+        if not decision.skipped:
+            self.store.update(self.groups, record.gradients, decision.scale, decision.absent)
+        self.metrics = dict(decision.metrics) or self.metrics
+        return {
+            "learning_rates": rates,
+            "grad_norm": decision.grad_norm,
+            "skip_reason": decision.skip_reason,
+            "ranks": list(decision.ranks),
+        }
+
+    def schedule_document(self) -> dict[str, Any]:
+        """The schedule and the learning rates, JSON-able; {} stands for none."""
+        document = self.schedule.to_document() if self.schedule else None
+        return {"schedule": document, "learning_rates": self.learning_rates}
+
+    def _restore(self, record: Restored) -> Position:
+        document = record.document
+        groups, schedule = self.checked_document(document)
+        steps = {name: int(count) for name, count in document["steps"].items()}
+        self.store.load(StoreState(dict(record.parameters), dict(record.state), steps), with_values=True)
+        self.groups, self.schedule, self.metrics = groups, schedule, document["metrics"]
+        version = int(document["position"]["version"])
+        self.history.branch(record.lineage_id, version)
+        return Position(record.lineage_id, version, int(document["position"]["step"]))
+
+    def checked_document(self, document: Mapping[str, Any]) -> tuple[list[dict[str, Value]], ScheduleState | None]:
+        """A checkpoint's groups and schedule. CheckpointMismatchError unless it is of this job's optimizer and parameters."""
+        if document["spec"]["optimizer"] != self.plan.optimizer.name:
+            raise errors.CheckpointMismatchError(
+                f"the checkpoint is of {document['spec']['optimizer']}, the job of {self.plan.optimizer.name}"
+            )
+        mine = [self.group_names(index) for index in range(len(self.groups))]
+        if document["group_parameters"] != mine:
+            theirs = [name for group in document["group_parameters"] for name in group]
+            ours = [name for group in mine for name in group]
+            odd = sorted(set(theirs) ^ set(ours))[:4] or ["their order or grouping"]
+            raise errors.CheckpointMismatchError(
+                f"the checkpoint has {len(theirs)} parameters in {len(document['group_parameters'])} groups, the job "
+                f"{len(ours)} in {len(mine)}; they differ in {', '.join(odd)}"
+            )
+        groups = [specs.hyperparameters(self.plan.optimizer, _tuples(group)) for group in document["groups"]]
+        schedule = document["schedule"]
+        return groups, None if schedule is None else ScheduleState.from_document(schedule)
+
+    def to_document(self, steps: Mapping[str, int]) -> dict[str, Any]:
+        """All but the tensors, JSON-able. `steps` are those that belong to the exported tensors."""
+        return {
+            "spec": json_format.MessageToDict(self.plan.spec, preserving_proto_field_name=True),
+            "position": {"lineage_id": self.position.lineage_id, "version": self.position.version, "step": self.position.step},
+            "groups": self.groups,
+            "group_parameters": [self.group_names(index) for index in range(len(self.groups))],
+            "schedule": self.schedule.to_document() if self.schedule else None,
+            "schedule_steps": self.schedule_steps,
+            "steps": dict(steps),
+            "metrics": dict(self.metrics),
+            "history": self.history.to_document(),
+            "sessions": self.sessions.to_document(),
+        }
+
+    @classmethod
+    def from_document(
+        cls,
+        job_id: str,
+        name: str,
+        document: Mapping[str, Any],
+        tensors: StoreState,
+        backend: Backend,
+        lineage_id: str,
+        *,
+        same_job: bool,
+    ) -> Job:
+        """A job as a checkpoint left it. `same_job`: after a restart, with its members, results and history.
+
+        CheckpointMismatchError if document and tensors do not fit together.
+        """
+        try:
+            spec = json_format.ParseDict(document["spec"], jobs_pb2.JobSpec())
+            spec.name = name
+            plan = specs.plan(spec)
+            job = cls(job_id, plan, backend, lineage_id)
+            for group, names in enumerate(document["group_parameters"][len(plan.groups) :], len(plan.groups)):
+                job.store.add_group([(entry, tensors.values[entry].shape, tensors.values[entry].dtype) for entry in names])
+                job.groups.append(document["groups"][group])
+            job.groups, job.schedule = job.checked_document(document)
+            job.metrics = document["metrics"]
+            job.store.seal()
+            job.store.load(tensors, with_values=True)
+            version, step = int(document["position"]["version"]), int(document["position"]["step"])
+            if same_job:
+                job.sessions = Sessions.from_document(document["sessions"])
+                job.schedule_steps = int(document["schedule_steps"])
+                job.history = History.from_document(document["history"], lineage_id, version)
+        except (KeyError, TypeError, AttributeError, json_format.ParseError, errors.InputError) as error:
+            raise errors.CheckpointMismatchError(f"the checkpoint's contents do not fit together: {error!r}") from error
+        job.position = Position(lineage_id, version, step)
+        job.initialized = True
+        return job
+
+
+def _number(value: Value) -> float:
+    if isinstance(value, int | float):
+        return float(value)
+    raise errors.InvalidHyperparameterError(f"lr is {value!r}; it must be a number")
+
+
+def _tuples(group: Mapping[str, Any]) -> dict[str, Value]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}

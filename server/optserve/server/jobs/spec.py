@@ -1,0 +1,146 @@
+"""A job's spec: checked once, defaults filled in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from optserve.server.formulas import OPTIMIZERS
+from optserve.server.formulas.definition import Optimizer
+from optserve.v1 import jobs_pb2, types_pb2
+from optserve.wire import dtypes, errors
+from optserve.wire.values import Value, from_hyperparameters
+
+_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
+
+Choice = TypeVar("Choice", bound=int)
+
+Declared = list[tuple[str, tuple[int, ...], np.dtype[np.generic]]]
+"""Name, shape and dtype of each parameter of a group."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a checked spec comes to."""
+
+    spec: jobs_pb2.JobSpec
+    optimizer: Optimizer
+    groups: list[dict[str, Value]]
+    parameters: list[Declared]
+
+
+def check_name(name: str, what: str = "job") -> None:
+    """InvalidNameError unless the name is `part` or `user/part` of letters, digits, '.', '_' and '-'."""
+    parts = name.split("/")
+    if len(parts) > 2 or not all(_PART.fullmatch(part) for part in parts):
+        raise errors.InvalidNameError(
+            f"{what} name {name!r} is not allowed; use letters, digits, '.', '_' and '-' (not first a '.'), "
+            "at most 128, optionally with 'user/' before",
+            name=name,
+        )
+
+
+def find_optimizer(name: str) -> Optimizer:
+    """UnknownOptimizerError lists the known ones and the nearest name."""
+    optimizer = OPTIMIZERS.get(name.lower())
+    if optimizer is None:
+        known = [entry.name for entry in OPTIMIZERS.values()]
+        raise errors.UnknownOptimizerError(f"unknown optimizer {name!r}{errors.nearest(name, known)}", name=name)
+    return optimizer
+
+
+def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[str, Value]:
+    """torch's keys in torch's order, the defaults overlaid by each layer in turn, and checked as torch checks them.
+
+    `initial_lr`, which a schedule sets, may stand after torch's own keys.
+    """
+    merged = dict(optimizer.defaults)
+    for layer in layers:
+        for name, value in layer.items():
+            if name not in merged and name != "initial_lr":
+                known = list(optimizer.defaults)
+                raise errors.UnknownHyperparameterError(
+                    f"{optimizer.name} has no hyperparameter {name!r}{errors.nearest(name, known)}", name=name
+                )
+            merged[name] = value
+    try:
+        optimizer.check(merged)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise errors.InvalidHyperparameterError(str(error)) from error
+    return merged
+
+
+def declared(parameters: Sequence[types_pb2.Parameter]) -> Declared:
+    return [(entry.name, tuple(entry.shape), dtypes.from_wire(entry.dtype, entry.name)) for entry in parameters]
+
+
+def _choice(value: Choice, names: Mapping[Choice, str], default: Choice, what: str) -> Choice:
+    if value and value not in names:
+        raise errors.InvalidArgumentError(f"{what} is {value}; allowed are {', '.join(names.values())}")
+    return value or default
+
+
+CONSISTENCIES = {jobs_pb2.CONSISTENCY_SYNC: "sync", jobs_pb2.CONSISTENCY_ASYNC: "async"}
+ON_NONFINITE = {jobs_pb2.ON_NONFINITE_REJECT: "reject", jobs_pb2.ON_NONFINITE_SKIP: "skip"}
+ON_MISSING = {jobs_pb2.ON_MISSING_DROP: "drop", jobs_pb2.ON_MISSING_WAIT: "wait", jobs_pb2.ON_MISSING_FAIL: "fail"}
+
+
+def plan(spec: jobs_pb2.JobSpec) -> Plan:
+    """Checks a spec whole and fills in what it leaves open. Typed errors name what is wrong."""
+    if spec.name:
+        check_name(spec.name)
+    optimizer = find_optimizer(spec.optimizer)
+    if not spec.groups:
+        raise errors.InvalidArgumentError("optimizer got an empty parameter list")
+    if spec.workers < 1:
+        raise errors.InvalidArgumentError("a job has at least 1 worker; workers is 0")
+    full = jobs_pb2.JobSpec()
+    full.CopyFrom(spec)
+    full.optimizer = optimizer.name
+    full.consistency = _choice(spec.consistency, CONSISTENCIES, jobs_pb2.CONSISTENCY_SYNC, "consistency")
+    full.on_nonfinite = _choice(spec.on_nonfinite, ON_NONFINITE, jobs_pb2.ON_NONFINITE_REJECT, "on_nonfinite")
+    full.on_missing = _choice(spec.on_missing, ON_MISSING, jobs_pb2.ON_MISSING_DROP, "on_missing")
+    full.quorum = spec.quorum or 1
+    if full.quorum > full.workers:
+        raise errors.InvalidArgumentError(f"quorum is {full.quorum}; the job has {full.workers} workers")
+    for name, default in (("round_timeout_seconds", 1800.0), ("lease_seconds", 30.0)):
+        seconds = getattr(spec, name) or default
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise errors.InvalidArgumentError(f"{name} is {seconds}; it must be a finite number of seconds above 0")
+        setattr(full, name, seconds)
+    defaults = from_hyperparameters(spec.defaults)
+    groups = [hyperparameters(optimizer, defaults, from_hyperparameters(group.hyperparameters)) for group in spec.groups]
+    return Plan(full, optimizer, groups, [declared(group.parameters) for group in spec.groups])
+
+
+def differences(found: Plan, wanted: Plan) -> list[str]:
+    """What two specs differ in, in words; empty if they are the same job."""
+    texts = [
+        f"{field} is {getattr(found.spec, field)!r}, not {getattr(wanted.spec, field)!r}"
+        for field in ("optimizer", "workers", "quorum", "round_timeout_seconds", "lease_seconds")
+        if getattr(found.spec, field) != getattr(wanted.spec, field)
+    ]
+    for field, names in (("consistency", CONSISTENCIES), ("on_nonfinite", ON_NONFINITE), ("on_missing", ON_MISSING)):
+        here, there = getattr(found.spec, field), getattr(wanted.spec, field)
+        if here != there:
+            texts.append(f"{field} is {names[here]!r}, not {names[there]!r}")
+    if len(found.groups) != len(wanted.groups):
+        texts.append(f"it has {len(found.groups)} param groups, not {len(wanted.groups)}")
+    for index, (here, there) in enumerate(zip(found.groups, wanted.groups, strict=False)):
+        texts += [f"group {index} has {key}={here[key]!r}, not {there[key]!r}" for key in here if here[key] != there.get(key)]
+    for index, (mine, theirs) in enumerate(zip(found.parameters, wanted.parameters, strict=False)):
+        if mine != theirs:
+            texts.append(f"group {index} has other parameters: {_first_difference(mine, theirs)}")
+    return texts
+
+
+def _first_difference(mine: Declared, theirs: Declared) -> str:
+    for here, there in zip(mine, theirs, strict=False):
+        if here != there:
+            return f"{here[0]!r} {here[1]} {here[2]}, not {there[0]!r} {there[1]} {there[2]}"
+    return f"{len(mine)} of them, not {len(theirs)}"

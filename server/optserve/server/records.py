@@ -1,0 +1,203 @@
+"""What happens to a job, as data: every mutation is one of these records, and replaying them in order gives the job again.
+
+A record is made after its call was checked, logged before it is applied, and holds all that `Job.apply` needs.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from optserve.v1 import types_pb2 as pb
+from optserve.wire.values import Value
+
+Arrays = Mapping[int, npt.NDArray[np.generic]]
+"""Flat arrays by id."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a job stands: index of the last applied record, optimizer steps, and the history that they belong to."""
+
+    lineage_id: str
+    version: int = 0
+    step: int = 0
+    durable_version: int = 0
+
+    def to_proto(self) -> pb.Position:
+        return pb.Position(
+            lineage_id=self.lineage_id, version=self.version, step=self.step, durable_version=self.durable_version
+        )
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Identity of the call that a record comes from. `fingerprint` stands for the call's content."""
+
+    session_id: str
+    epoch: int
+    seq: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call is answered with, the first time and every time it is repeated.
+
+    `value` is JSON-able and never holds tensors.
+    """
+
+    position: Position
+    value: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_document(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Result:
+        return cls(Position(**document["position"]), document["value"])
+
+
+@dataclass(frozen=True)
+class Initialized:
+    """The creator's values are in the store."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A session holds a name and a rank from now on; whoever held either is fenced."""
+
+    name: str
+    rank: int
+    session_id: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """A member is not waited for until it joins again."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class GroupAdded:
+    """One more parameter group, with its hyperparameters filled in and its parameters' values."""
+
+    caller: Caller
+    hyperparameters: Mapping[str, Value]
+    parameters: Sequence[tuple[str, npt.NDArray[np.generic]]]
+
+
+@dataclass(frozen=True)
+class GroupUpdated:
+    """Hyperparameters of one group, all of them, as they are after the edit."""
+
+    caller: Caller
+    group: int
+    hyperparameters: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class ScheduleSet:
+    """Another schedule, or none (name empty)."""
+
+    caller: Caller
+    name: str
+    arguments: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class ScheduleStepped:
+    """A step of the schedule. `count` is the k of a worker's counted call, 0 for an administrative one."""
+
+    caller: Caller
+    count: int
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class StateLoaded:
+    """Optimizer state and groups replaced by a state_dict's; parameters stay."""
+
+    caller: Caller
+    groups: Sequence[Mapping[str, Value]]
+    steps: Mapping[str, int]
+    state: Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The job put where a checkpoint stands, in a new lineage."""
+
+    caller: Caller
+    lineage_id: str
+    document: Mapping[str, Any]
+    parameters: Mapping[str, npt.NDArray[np.generic]]
+    state: Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class CheckpointDeleted:
+    """A checkpoint is gone; of the job itself only the stored result changes."""
+
+    caller: Caller
+    name: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a round does, decided once. With the aggregate it is all that its application needs.
+
+    `scale` is 1/Σ(w/w₀): the aggregate times it is the weighted mean. `absent` are the parameters that no rank sent.
+    """
+
+    ranks: tuple[int, ...]
+    scale: float
+    absent: frozenset[int]
+    grad_norm: float
+    skip_reason: str
+    metrics: Mapping[str, float]
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.skip_reason)
+
+
+@dataclass(frozen=True)
+class RoundApplied:
+    """A decided round: in `async` one push. `callers` are the pushes that it answers."""
+
+    callers: tuple[Caller, ...]
+    decision: Decision
+    gradients: Arrays
+
+
+Record = (
+    Initialized
+    | Joined
+    | Left
+    | GroupAdded
+    | GroupUpdated
+    | ScheduleSet
+    | ScheduleStepped
+    | StateLoaded
+    | Restored
+    | CheckpointDeleted
+    | RoundApplied
+)
+
+
+def new_id() -> str:
+    """A UUID: for a lineage, a start, a job."""
+    return str(uuid.uuid4())
+
+
+def advanced(position: Position, *, step: int = 0) -> Position:
+    """The position one record later."""
+    return replace(position, version=position.version + 1, step=position.step + step)

@@ -1,0 +1,52 @@
+"""The last thousand things that happened to a job, for `optserve job events`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from optserve.server.records import Position
+
+_KEPT = 1000
+
+
+@dataclass(frozen=True)
+class Event:
+    """`index` counts the job's events since the server started; `time_seconds` since 1970."""
+
+    index: int
+    time_seconds: float
+    kind: str
+    position: Position
+    message: str
+    fields: Mapping[str, str]
+
+
+class EventLog:
+    """Keeps events and wakes who waits for them. Owns its lock, which guards everything here."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._events: deque[Event] = deque(maxlen=_KEPT)
+        self._count = 0
+
+    def publish(self, kind: str, position: Position, message: str, fields: Mapping[str, str]) -> None:
+        """Adds one."""
+        with self._changed:
+            self._count += 1
+            self._events.append(Event(self._count, time.time(), kind, position, message, fields))
+            self._changed.notify_all()
+
+    def after(self, index: int, wait_seconds: float, alive: Callable[[], bool]) -> list[Event]:
+        """Events with a larger index; if there are none, waits that long for one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._count > index or not alive(), wait_seconds)
+            return [event for event in self._events if event.index > index]
+
+    def wake(self) -> None:
+        """Lets waiters look whether their caller still lives."""
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,313 @@
+"""A job that runs: its lock, journal, events, leases and the calls on it, each applied exactly once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from optserve.server.jobs import Job
+from optserve.server.jobs.sessions import Member
+from optserve.server.records import (
+    Caller,
+    CheckpointDeleted,
+    GroupAdded,
+    GroupUpdated,
+    Initialized,
+    Joined,
+    Left,
+    Record,
+    Restored,
+    Result,
+    ScheduleSet,
+    ScheduleStepped,
+    StateLoaded,
+)
+from optserve.server.rounds.events import EventLog
+from optserve.server.rounds.membership import Leases, admit
+from optserve.server.rounds.protocols import Journal
+from optserve.server.store import Hold, StoreState
+from optserve.v1 import jobs_pb2
+from optserve.wire import errors
+from optserve.wire.values import Value
+
+Clock = Callable[[], float]
+Alive = Callable[[], bool]
+
+
+class JobHost:
+    """Owns the job's lock (`changed`), which guards the job, the leases and the round that gathers.
+
+    Waiters sleep on `changed` and are woken by every commit, join, leave and cancelled call.
+    """
+
+    def __init__(self, job: Job, journal: Journal, owner_session: str = "", clock: Clock = time.monotonic) -> None:
+        self.job = job
+        self.journal = journal
+        self.events = EventLog()
+        self.clock = clock
+        self.changed = threading.Condition()
+        self.leases = Leases(job.plan.spec.lease_seconds)
+        self.owner_session = owner_session
+        self.closed: errors.OptserveError | None = None
+        self.on_membership: Callable[[], None] = lambda: None
+        self.on_reset: Callable[[errors.OptserveError], None] = lambda _: None
+        self._holds: dict[str, Hold] = {}
+        now = clock()
+        for member in job.sessions.members.values():
+            self.leases.renew(member.session_id, now)
+        if owner_session:
+            self.leases.renew(owner_session, now)
+
+    @property
+    def sync(self) -> bool:
+        return self.job.plan.spec.consistency == jobs_pb2.CONSISTENCY_SYNC
+
+    # With the lock held -------------------------------------------------------------------------------------------------------
+
+    def commit(self, record: Record, kind: str, message: str, **fields: object) -> Result:
+        """Logs and applies a record and tells the waiters."""
+        self.journal.append(record)
+        result = self.job.apply(record)
+        self.publish(kind, message, **fields)
+        self.changed.notify_all()
+        return result
+
+    def publish(self, kind: str, message: str, **fields: object) -> None:
+        self.events.publish(kind, self.job.position, message, {name: str(value) for name, value in fields.items()})
+
+    def hold(self, session_id: str) -> Hold:
+        """The weights for a member to read in place: the next update waits for it. Dropping the member ends it."""
+        self.release(session_id)
+        self._holds[session_id] = self.job.store.hold()
+        return self._holds[session_id]
+
+    def release(self, session_id: str) -> None:
+        """Ends a member's hold, if it has one."""
+        hold = self._holds.pop(session_id, None)
+        if hold is not None:
+            hold.release()
+
+    def check_open(self) -> None:
+        """Raises what ended the job: it was deleted, or the server stops."""
+        if self.closed is not None:
+            raise type(self.closed)(str(self.closed))
+
+    def check_initialized(self) -> None:
+        self.check_open()
+        if not self.job.initialized:
+            raise errors.JobNotInitializedError(f"job {self.job.name!r} waits for its creator's initial values")
+
+    def alive(self, member: Member) -> bool:
+        return not member.left and self.leases.alive(member.session_id, self.clock())
+
+    def wait_until(self, ready: Callable[[], bool], timeout_seconds: float, alive: Alive, late: errors.OptserveError) -> None:
+        """Waits for a change that makes `ready` true. Raises `late` after the timeout, or what ended the job."""
+        deadline = self.clock() + timeout_seconds
+        while not ready():
+            self.check_open()
+            left = deadline - self.clock()
+            if left <= 0 or not alive():
+                raise late
+            self.changed.wait(left)
+        self.check_open()
+
+    def _admit_call(self, caller: Caller, seen: tuple[str, int]) -> Result | None:
+        self.check_initialized()
+        if caller.epoch:
+            self.job.sessions.check_member(caller.session_id, caller.epoch)
+        repeated = self.job.sessions.repeated(caller)
+        if repeated is None:
+            self.job.check_seen(*seen)
+        return repeated
+
+    def _rolled_back(self, why: str, before: int) -> errors.RolledBackError:
+        now = self.job.position
+        return errors.RolledBackError(
+            f"{why}: the job went from version {before} back to {now.version}; pull the weights and go on from there",
+            **{"from": before, "to": now.version, "lineage_id": now.lineage_id, "version": now.version, "step": now.step},
+            schedule_steps=self.job.schedule_steps,
+        )
+
+    # Calls --------------------------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Lets waiters look again: a call was cancelled."""
+        with self.changed:
+            self.changed.notify_all()
+        self.events.wake()
+
+    def close(self, reason: errors.OptserveError) -> None:
+        """Ends every wait with an error; calls that are being applied finish first."""
+        with self.changed:
+            self.closed = reason
+            self.on_reset(reason)
+            self.changed.notify_all()
+        self.events.wake()
+
+    def initialized(self) -> None:
+        """The creator's values are complete: makes the kernels and lets everybody in."""
+        with self.changed:
+            self.check_open()
+            if not self.job.initialized:
+                self.job.store.prepare(self.job.groups)
+                self.commit(Initialized(), "initialized", f"job {self.job.name!r} has its initial values")
+
+    def wait_initialized(self, timeout_seconds: float, alive: Alive) -> None:
+        """JobNotInitializedError after the timeout."""
+        late = errors.JobNotInitializedError(
+            f"job {self.job.name!r}: its creator has not uploaded the initial values within {timeout_seconds:.0f} s"
+        )
+        with self.changed:
+            self.wait_until(lambda: self.job.initialized, timeout_seconds, alive, late)
+
+    def wait_version(self, version: int, timeout_seconds: float, alive: Alive) -> None:
+        """DeadlineExceededError after the timeout."""
+        late = errors.DeadlineExceededError(
+            f"job {self.job.name!r} did not reach version {version} within {timeout_seconds:g} s"
+        )
+        with self.changed:
+            self.wait_until(lambda: self.job.position.version >= version, timeout_seconds, alive, late)
+
+    def join(self, name: str, rank: int | None, session_id: str, seen: tuple[str, int]) -> Member:
+        """Makes a session a member and fences who held its name; the same session again changes nothing."""
+        with self.changed:
+            self.check_initialized()
+            self.job.check_seen(*seen)
+            held = self.job.sessions.member_of(session_id)
+            if held is None or held.left or (name and held.name != name) or (rank is not None and held.rank != rank):
+                self.job.store.prepare(self.job.groups)
+                alive = {member.name: self.alive(member) for member in self.job.sessions.members.values()}
+                record = admit(self.job.sessions, self.job.plan.spec.workers, alive, name, rank, session_id)
+                self._join(record)
+            self.leases.renew(session_id, self.clock())
+            return self.job.sessions.members[self._name_of(session_id)]
+
+    def _name_of(self, session_id: str) -> str:
+        member = self.job.sessions.member_of(session_id)
+        if member is None:
+            raise errors.NotJoinedError(f"session {session_id} is not a worker of this job; join first")
+        return member.name
+
+    def _join(self, record: Joined) -> None:
+        former = self.job.sessions.members.get(record.name)
+        message = f"worker {record.name!r} joined as rank {record.rank}"
+        self.commit(record, "joined", message, name=record.name, rank=record.rank, epoch=record.epoch)
+        if former is not None and former.session_id != record.session_id and not former.left:
+            self.publish("fenced", f"worker {record.name!r} of epoch {former.epoch} was fenced", name=record.name)
+        living = {member.session_id for member in self.job.sessions.members.values()} | {self.owner_session}
+        self.leases.keep_only(living)
+        self.on_membership()
+
+    def heartbeat(self, session_id: str, epoch: int) -> None:
+        """Renews a lease. FencedError or NotJoinedError."""
+        with self.changed:
+            self.check_open()
+            if session_id != self.owner_session:
+                self.job.sessions.check_member(session_id, epoch)
+            self.leases.renew(session_id, self.clock())
+
+    def leave(self, session_id: str, epoch: int) -> None:
+        """Ends a membership; again changes nothing."""
+        with self.changed:
+            member = self.job.sessions.member_of(session_id)
+            if member is None or member.left:
+                return
+            self.job.sessions.check_member(session_id, epoch)
+            self.commit(Left(member.name), "left", f"worker {member.name!r} left", name=member.name, rank=member.rank)
+            self.on_membership()
+
+    def stream_ended(self, session_id: str) -> None:
+        """A worker's stream broke off: begins its reconnect grace."""
+        with self.changed:
+            self.leases.shorten(session_id, self.clock())
+            self.changed.notify_all()
+
+    def update_group(self, caller: Caller, seen: tuple[str, int], group: int, changes: Mapping[str, Value]) -> Result:
+        with self.changed:
+            repeated = self._admit_call(caller, seen)
+            if repeated:
+                return repeated
+            merged = self.job.checked_update(group, changes)
+            groups = [merged if index == group else entry for index, entry in enumerate(self.job.groups)]
+            self.job.store.prepare(groups)
+            text = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+            return self.commit(GroupUpdated(caller, group, merged), "group", f"group {group}: {text}", group=group)
+
+    def add_group(self, caller: Caller, seen: tuple[str, int], record: GroupAdded) -> Result:
+        with self.changed:
+            repeated = self._admit_call(caller, seen)
+            if repeated:
+                return repeated
+            declared = [(name, array.shape, array.dtype) for name, array in record.parameters]
+            self.job.store.layout.extended(len(self.job.groups), declared)
+            result = self.commit(record, "group", f"group {len(self.job.groups)} added with {len(declared)} parameters")
+            self.job.store.prepare(self.job.groups)
+            return result
+
+    def set_schedule(self, caller: Caller, seen: tuple[str, int], record: ScheduleSet) -> Result:
+        with self.changed:
+            repeated = self._admit_call(caller, seen)
+            if repeated:
+                return repeated
+            self.job.checked_schedule(record.name, record.arguments)
+            return self.commit(record, "schedule", f"schedule {record.name or 'removed'}", name=record.name)
+
+    def step_schedule(self, caller: Caller, seen: tuple[str, int], count: int, metric: float | None) -> Result:
+        with self.changed:
+            repeated = self._admit_call(caller, seen)
+            if repeated:
+                return repeated
+            self.job.checked_step(count, metric)
+            return self.commit(ScheduleStepped(caller, count, metric), "schedule", "schedule stepped", count=count)
+
+    def load_state(self, caller: Caller, seen: tuple[str, int], record: StateLoaded) -> Result:
+        with self.changed:
+            repeated = self._admit_call(caller, seen)
+            return repeated or self.commit(record, "state", "state_dict loaded")
+
+    def delete_checkpoint(self, caller: Caller, seen: tuple[str, int], name: str, delete: Callable[[], None]) -> Result:
+        """Calls `delete` once, whatever is repeated."""
+        with self.changed:
+            repeated = self._admit_call(caller, seen)
+            if repeated:
+                return repeated
+            delete()
+            return self.commit(CheckpointDeleted(caller, name), "checkpoint", f"checkpoint {name!r} deleted", name=name)
+
+    def announce(self, kind: str, message: str, **fields: object) -> None:
+        """Publishes what happened beside the job's records."""
+        with self.changed:
+            self.publish(kind, message, **fields)
+
+    def check_seen(self, seen: tuple[str, int]) -> None:
+        """RolledBackError if a reader saw what the job no longer has."""
+        with self.changed:
+            self.check_initialized()
+            self.job.check_seen(*seen)
+
+    def capture(self) -> tuple[dict[str, Any], StoreState]:
+        """Document and tensors of one version, copied, for a checkpoint. A stopping server may still do so."""
+        with self.changed:
+            if not self.job.initialized:
+                raise errors.JobNotInitializedError(f"job {self.job.name!r} has no initial values yet")
+            tensors = self.job.store.export()
+            return self.job.to_document(tensors.steps), tensors
+
+    def restore(self, caller: Caller, seen: tuple[str, int], name: str, read: Callable[[], Restored]) -> Result:
+        """Puts the job where a checkpoint stands; a round that gathers ends with RolledBackError."""
+        with self.changed:
+            repeated = self._admit_call(caller, seen)
+            if repeated:
+                return repeated
+            record = read()
+            self.job.checked_document(record.document)
+            before = self.job.position
+            try:
+                result = self.commit(record, "restored", f"restored checkpoint {name!r}", name=name)
+            except errors.InvalidStateDictError as error:
+                raise errors.CheckpointMismatchError(f"checkpoint {name!r} does not fit the job: {error}") from error
+            self.job.store.prepare(self.job.groups)
+            self.on_reset(self._rolled_back(f"checkpoint {name!r} was restored", before.version))
+            return result

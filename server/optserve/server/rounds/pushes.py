@@ -1,0 +1,247 @@
+"""A push: it begins, its chunks are gathered, and it is finished when its round was applied.
+
+`sync`: one round takes a push of every rank that is waited for. `async`: each push is a round of its own; they are staged one
+at a time, in the order in which they began.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optserve.server.jobs.sessions import Member
+from optserve.server.records import Caller, Result
+from optserve.server.rounds.current import CurrentRound
+from optserve.server.rounds.gather import Contribution, Gather
+from optserve.server.rounds.host import Alive, JobHost
+from optserve.v1 import data_pb2
+from optserve.wire import errors
+from optserve.wire.chunks import Chunk, Coverage
+
+NOTICE_SECONDS = 30.0
+"""How often a waiting worker is told whom it waits for."""
+
+STALL_SECONDS = 5.0
+"""An `async` push that brings nothing for so long gives way to the next."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """The head of a push, checked for form."""
+
+    caller: Caller
+    seen: tuple[str, int]
+    kind: data_pb2.Contribution
+    weight: float
+    parameter_count: int
+    absent: frozenset[int]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The round is not complete: who is missing (rank, member, alive), and how long this push has waited."""
+
+    round: int
+    missing: list[tuple[int, Member | None, bool]]
+    waited_seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """The push's result. `waited_for`: the rank that came last, unless it was this one."""
+
+    result: Result
+    waited_for: int | None
+    waited_seconds: float
+
+
+@dataclass(frozen=True)
+class Resend:
+    """The round's sum was void: the push must be sent again."""
+
+    round: int
+
+
+@dataclass
+class Ticket:
+    """A push in progress, as its stream's handler holds it.
+
+    `attached`: the contribution came whole on an earlier stream; this one's chunks are passed over.
+    """
+
+    push: Push
+    began_at: float
+    ended_at: float = 0.0
+    stored: Result | None = None
+    gather: Gather | None = None
+    contribution: Contribution | None = None
+    attached: bool = False
+
+
+class Pushes:
+    """The pushes of one job. Everything here is guarded by the host's lock."""
+
+    def __init__(self, host: JobHost) -> None:
+        self._host = host
+        self._round = CurrentRound(host)
+        self._queue: deque[Ticket] = deque()
+
+    def begin(self, push: Push, alive: Alive) -> Ticket:
+        """Takes a push into a round (in `async` waits for its turn). Typed errors if it may not."""
+        host = self._host
+        with host.changed:
+            ticket = Ticket(push, host.clock())
+            member = self._check(push)
+            ticket.stored = host.job.sessions.repeated(push.caller)
+            if ticket.stored is not None:
+                return ticket
+            host.job.check_seen(*push.seen)
+            host.leases.renew(member.session_id, ticket.began_at)
+            if push.kind == data_pb2.CONTRIBUTION_NONFINITE and not self._round.skips_nonfinite:
+                raise errors.NonfiniteGradientError(
+                    f"the gradient of rank {member.rank} {member.name!r} holds NaN or Inf; nothing was applied, push again",
+                    rank=member.rank,
+                )
+            if not host.sync:
+                self._await_turn(ticket, alive)
+            gather = self._enter(ticket, self._check(push))
+        gather.pump()
+        return ticket
+
+    def offer(self, ticket: Ticket, chunk: Chunk, alive: Alive) -> None:
+        """Takes one chunk of the gradient; waits while the staging budget is spent. Raises what ended the push."""
+        contribution, gather = ticket.contribution, ticket.gather
+        if contribution is None or gather is None or ticket.attached or gather.void:
+            return
+        if contribution.error is not None:
+            raise contribution.error
+        gather.offer(contribution, chunk, self._host.clock(), lambda: self._wait_for_room(ticket, alive))
+
+    def finish(self, ticket: Ticket, alive: Alive) -> Done | Resend | Waiting:
+        """The push is whole: waits until its round is applied, NOTICE_SECONDS at most. Call again after Waiting."""
+        if ticket.stored is not None:
+            return Done(ticket.stored, None, 0.0)
+        gather, contribution = ticket.gather, ticket.contribution
+        if gather is None or contribution is None:
+            raise errors.InternalError("a push was finished that had not begun")
+        host = self._host
+        notice_at = host.clock() + NOTICE_SECONDS
+        while True:
+            with host.changed:
+                self._end(ticket, gather, contribution)
+                outcome = self._outcome(ticket, gather, contribution)
+                if outcome is not None:
+                    return outcome
+                if not alive():
+                    raise errors.ServerUnavailableError("the stream of a waiting push ended")
+                self._round.watch(gather)
+                if gather.complete and gather.idle and not gather.void:
+                    self._round.run(gather, contribution.member.rank)
+                    continue
+                if host.clock() >= notice_at:
+                    return Waiting(self._round.number, self._round.missing(gather), host.clock() - ticket.began_at)
+                if not (gather.stale or gather.void):
+                    host.changed.wait(min(notice_at - host.clock(), self._round.seconds_to_watch(gather)))
+            gather.pump()
+
+    def abandon(self, ticket: Ticket) -> None:
+        """The push's stream broke off before it was whole, or it was refused: the round forgets it, or is void."""
+        with self._host.changed:
+            contribution, gather = ticket.contribution, ticket.gather
+            if contribution is not None and gather is not None and not ticket.attached and not contribution.ended:
+                self._round.remove(gather, contribution)
+
+    def _check(self, push: Push) -> Member:
+        self._host.check_initialized()
+        return self._host.job.sessions.check_member(push.caller.session_id, push.caller.epoch)
+
+    def _enter(self, ticket: Ticket, member: Member) -> Gather:
+        push, layout = ticket.push, self._host.job.store.layout
+        gather = self._round.current()
+        earlier = gather.contributions.get(member.rank)
+        if earlier is not None:
+            if earlier.caller == push.caller and earlier.ended:
+                ticket.gather, ticket.contribution, ticket.attached = gather, earlier, True
+                return gather
+            self._round.remove(gather, earlier)
+            gather = self._round.current()
+        count = len(layout.places)
+        present = [index for index in range(min(push.parameter_count, count)) if index not in push.absent]
+        touched = layout.blocks_of(present) if push.kind == data_pb2.CONTRIBUTION_GRADIENT else {}
+        contribution = Contribution(
+            member,
+            push.caller,
+            push.kind,
+            push.weight,
+            frozenset(range(count)).difference(present),
+            push.metrics,
+            {key: Coverage(f"array {key}", layout.arrays[key].nbytes, found) for key, found in touched.items()},
+            frozenset((array_id, block) for array_id, found in touched.items() for block in found),
+            self._host.clock(),
+        )
+        self._round.add(gather, contribution)
+        ticket.gather, ticket.contribution = gather, contribution
+        return gather
+
+    def _await_turn(self, ticket: Ticket, alive: Alive) -> None:
+        """`async`: waits until every push that began before is applied or has stalled."""
+        host = self._host
+        deadline = ticket.began_at + host.job.plan.spec.round_timeout_seconds
+        self._queue.append(ticket)
+        try:
+            while self._queue[0] is not ticket or self._round.busy:
+                host.check_open()
+                if host.clock() >= deadline or not alive():
+                    waited = host.clock() - ticket.began_at
+                    raise errors.RoundTimeoutError(f"the push waited {waited:.0f} s for the pushes before it")
+                self._drop_stalled()
+                if self._queue[0] is not ticket or self._round.busy:
+                    host.changed.wait(0.5)
+        finally:
+            self._queue.remove(ticket)
+            host.changed.notify_all()
+
+    def _drop_stalled(self) -> None:
+        gather = self._round.gather
+        if gather is None:
+            return
+        for contribution in list(gather.contributions.values()):
+            if not contribution.ended and self._host.clock() - contribution.progress_at > STALL_SECONDS:
+                contribution.error = errors.RoundTimeoutError(
+                    f"the push of rank {contribution.member.rank} {contribution.member.name!r} brought nothing for "
+                    f"{STALL_SECONDS:.0f} s and was dropped; send it again",
+                    rank=contribution.member.rank,
+                )
+                self._round.remove(gather, contribution)
+
+    def _wait_for_room(self, ticket: Ticket, alive: Alive) -> None:
+        self._check(ticket.push)
+        if not alive():
+            raise errors.ServerUnavailableError("the stream of a push ended")
+        if ticket.gather is not None:
+            self._round.watch(ticket.gather)
+        self._host.changed.wait(1.0)
+
+    def _end(self, ticket: Ticket, gather: Gather, contribution: Contribution) -> None:
+        ticket.ended_at = ticket.ended_at or self._host.clock()
+        if contribution.ended or gather.void or contribution.error is not None:
+            return
+        missing = sum(len(coverage.missing) for coverage in contribution.coverage.values())
+        if missing:
+            self._round.remove(gather, contribution)
+            raise errors.IncompleteStreamError(f"the push ended with {missing} of {len(contribution.wanted)} chunks missing")
+        contribution.ended = True
+
+    def _outcome(self, ticket: Ticket, gather: Gather, contribution: Contribution) -> Done | Resend | None:
+        if contribution.result is not None:
+            last = self._round.last_rank
+            waited = self._host.clock() - ticket.ended_at
+            return Done(contribution.result, None if last == contribution.member.rank else last, waited)
+        if contribution.error is not None:
+            raise contribution.error
+        self._check(ticket.push)
+        if gather.void or gather.contributions.get(contribution.member.rank) is not contribution:
+            return Resend(self._round.number)
+        return None

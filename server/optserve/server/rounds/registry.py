@@ -1,0 +1,140 @@
+"""The jobs of a server by name and id. Owns its lock, which comes before every job's lock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from optserve.server.backends import Backend
+from optserve.server.jobs import Job
+from optserve.server.jobs import spec as specs
+from optserve.server.records import new_id
+from optserve.server.rounds.host import Clock, JobHost
+from optserve.server.rounds.protocols import Journal
+from optserve.server.rounds.pushes import Pushes
+from optserve.v1 import jobs_pb2
+from optserve.wire import errors
+
+
+@dataclass
+class Running:
+    """A job with its host and its pushes."""
+
+    host: JobHost
+    pushes: Pushes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pushes = Pushes(self.host)
+
+    @property
+    def job(self) -> Job:
+        return self.host.job
+
+
+class Registry:
+    """Creates, finds and deletes jobs. Its lock guards the two tables."""
+
+    def __init__(self, backend: Backend, journal: Callable[[str], Journal], clock: Clock = time.monotonic) -> None:
+        self.backend = backend
+        self._journal = journal
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Running] = {}
+        self._deleted: set[str] = set()
+        self._closed: errors.OptserveError | None = None
+
+    def create(self, job_id: str, spec: jobs_pb2.JobSpec, session_id: str, exist_ok: bool) -> tuple[Running, bool]:
+        """A new job (True), or with `exist_ok` the one of that name if its spec matches (False).
+
+        The same job_id again is the same call again. JobExistsError, JobSpecMismatchError, and what the spec's check raises.
+        """
+        plan = specs.plan(spec)
+        with self._lock:
+            self._check_open()
+            found = self._by_id.get(job_id) or (self._named(spec.name) if spec.name else None)
+            if found is not None:
+                return self._attach(found, job_id, plan, exist_ok)
+            running = self._add(Job(job_id, plan, self.backend, new_id()), session_id)
+            return running, True
+
+    def _attach(self, found: Running, job_id: str, plan: specs.Plan, exist_ok: bool) -> tuple[Running, bool]:
+        name = found.job.name
+        if found.job.job_id != job_id and not exist_ok:
+            raise errors.JobExistsError(
+                f"job {name!r} exists (version {found.job.position.version}); attach with exist_ok=True, or delete it",
+                name=name,
+            )
+        odd = specs.differences(found.job.plan, plan)
+        if odd:
+            raise errors.JobSpecMismatchError(f"job {name!r} exists with another spec: {'; '.join(odd)}", name=name)
+        return found, found.job.job_id == job_id and not found.job.initialized
+
+    def adopt(self, job: Job, session_id: str = "") -> Running:
+        """Takes in a job that a checkpoint gave. JobExistsError if the name is taken."""
+        with self._lock:
+            self._check_open()
+            if job.job_id in self._by_id:
+                return self._by_id[job.job_id]
+            if job.name and self._named(job.name) is not None:
+                raise errors.JobExistsError(f"job {job.name!r} exists; choose another name, or delete it", name=job.name)
+            return self._add(job, session_id)
+
+    def _add(self, job: Job, session_id: str) -> Running:
+        host = JobHost(job, self._journal(job.job_id), "" if job.name else session_id, self._clock)
+        self._by_id[job.job_id] = Running(host)
+        return self._by_id[job.job_id]
+
+    def _named(self, name: str) -> Running | None:
+        return next((running for running in self._by_id.values() if running.job.name == name), None)
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise type(self._closed)(str(self._closed))
+
+    def find(self, name_or_id: str) -> Running:
+        """JobNotFoundError lists the names that are there."""
+        with self._lock:
+            self._check_open()
+            found = self._by_id.get(name_or_id) or self._named(name_or_id)
+            names = sorted(running.job.name for running in self._by_id.values() if running.job.name)
+        if found is None:
+            known = f"; jobs here: {', '.join(names)}" if names else "; there is no job here"
+            raise errors.JobNotFoundError(f"no job {name_or_id!r}{known}", job=name_or_id)
+        return found
+
+    def all(self) -> list[Running]:
+        """By name."""
+        with self._lock:
+            return sorted(self._by_id.values(), key=lambda running: (running.job.name, running.job.job_id))
+
+    def delete(self, job_id: str) -> bool:
+        """Ends a job and all waits on it; False if it was deleted before. JobNotFoundError if it never was."""
+        with self._lock:
+            running = self._by_id.pop(job_id, None)
+            if running is None:
+                if job_id in self._deleted:
+                    return False
+                raise errors.JobNotFoundError(f"no job {job_id!r}", job=job_id)
+            self._deleted.add(job_id)
+        running.host.close(errors.JobNotFoundError(f"job {running.job.name or job_id!r} was deleted", job=job_id))
+        return True
+
+    def expired(self) -> list[str]:
+        """Ids of unnamed jobs whose creator's session has ended."""
+        now = self._clock()
+        return [
+            running.job.job_id
+            for running in self.all()
+            if running.host.owner_session and not running.host.leases.alive(running.host.owner_session, now)
+        ]
+
+    def close(self, reason: errors.OptserveError) -> list[Running]:
+        """Refuses every further call and ends every wait; the jobs as they stand."""
+        with self._lock:
+            self._closed = reason
+            running = list(self._by_id.values())
+        for entry in running:
+            entry.host.close(reason)
+        return running

@@ -1,0 +1,1 @@
+"""The RPCs: decode, one call, encode."""

@@ -1,0 +1,104 @@
+"""From messages to the server's own terms. Typed errors for what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from optserve.server.records import Caller
+from optserve.server.rounds.pushes import Push
+from optserve.v1 import data_pb2, types_pb2
+from optserve.wire import bundle, errors
+from optserve.wire.chunks import Chunk, parse
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+Seen = tuple[str, int]
+
+
+def seen(position: types_pb2.Position) -> Seen:
+    return position.lineage_id, position.version
+
+
+def session(session_id: str) -> str:
+    """InvalidArgumentError if a request does not say who calls."""
+    if not session_id or len(session_id) > 128:
+        raise errors.InvalidArgumentError(f"session_id is {session_id!r}; it must be a UUID chosen by the client")
+    return session_id
+
+
+def caller(call: types_pb2.CallIdentity, fingerprint: str) -> tuple[Caller, Seen]:
+    """Who calls, which call it is, and what the caller saw last."""
+    if call.seq < 1:
+        raise errors.InvalidArgumentError("a mutating call needs an identity: call.seq is 0, its first is 1")
+    return Caller(session(call.session_id), call.epoch, call.seq, fingerprint), seen(call.seen)
+
+
+def fingerprint(request: Message, *more: bytes) -> str:
+    """Of a request's content without the identity."""
+    content = type(request)()
+    content.CopyFrom(request)
+    content.ClearField("call")
+    digest = hashlib.blake2b(content.SerializeToString(deterministic=True), digest_size=16)
+    for part in more:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def push(begin: data_pb2.PushBegin) -> Push:
+    """The head of a push. InvalidArgumentError if it is not well-formed."""
+    if begin.contribution not in (
+        data_pb2.CONTRIBUTION_GRADIENT,
+        data_pb2.CONTRIBUTION_SKIP,
+        data_pb2.CONTRIBUTION_NONFINITE,
+    ):
+        raise errors.InvalidArgumentError(f"contribution is {begin.contribution}; it must be GRADIENT, SKIP or NONFINITE")
+    gradient = begin.contribution != data_pb2.CONTRIBUTION_SKIP
+    if not (math.isfinite(begin.weight) and begin.weight >= 0):
+        raise errors.InvalidArgumentError(f"weight is {begin.weight}; it must be finite and at least 0")
+    beyond = [index for index in begin.absent if index >= begin.parameter_count]
+    if beyond:
+        raise errors.UnknownParameterError(f"parameter {beyond[0]} is absent, but only {begin.parameter_count} are announced")
+    content = (begin.contribution, begin.weight, begin.parameter_count, tuple(begin.absent), begin.content_fingerprint)
+    identity, saw = caller(begin.call, repr(content))
+    weight = begin.weight if gradient else 0.0
+    absent = frozenset(begin.absent)
+    return Push(identity, saw, begin.contribution, weight, begin.parameter_count, absent, dict(begin.metrics))
+
+
+def items(kind: type[AnyMessage], requests: Iterable[bytes | AnyMessage | Chunk]) -> Iterator[AnyMessage | Chunk]:
+    """A stream's messages as they come."""
+    for raw in requests:
+        yield parse(kind, raw)
+
+
+def first(kind: type[AnyMessage], found: Iterator[AnyMessage | Chunk], content: str) -> AnyMessage:
+    """The message that must come first. ProtocolViolationError if another one does, IncompleteStreamError if none."""
+    for item in found:
+        if isinstance(item, Chunk) or item.WhichOneof("content") != content:
+            raise errors.ProtocolViolationError(f"a stream of {kind.__name__} must start with {content!r}")
+        return item
+    raise errors.IncompleteStreamError(f"a stream of {kind.__name__} ended before {content!r}")
+
+
+def chunks(found: Iterator[AnyMessage | Chunk]) -> Iterator[Chunk]:
+    """Chunks until the end message. IncompleteStreamError without one, ProtocolViolationError for anything else."""
+    for item in found:
+        if isinstance(item, Chunk):
+            yield item
+        elif item.WhichOneof("content") == "end":
+            return
+        else:
+            raise errors.ProtocolViolationError(f"{item.WhichOneof('content')!r} came among the chunks")
+    raise errors.IncompleteStreamError("the stream ended before its end message: it was cut")
+
+
+def received(entries: Iterable[types_pb2.BundleEntry], nbytes: int, limit: int, found: Iterator[Chunk]) -> list[bundle.Tensor]:
+    """A bundle's tensors, once all chunks are there."""
+    receiver = bundle.Receiver(list(entries), nbytes, limit)
+    for chunk in found:
+        receiver.add(chunk)
+    return receiver.tensors()

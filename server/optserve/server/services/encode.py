@@ -1,0 +1,98 @@
+"""From the server's own terms to messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from optserve.server.durability.checkpoints import Info
+from optserve.server.records import Position, Result
+from optserve.server.rounds.host import JobHost
+from optserve.server.rounds.pushes import Done, Waiting
+from optserve.server.schedules import ScheduleState
+from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, types_pb2
+from optserve.wire.values import to_hyperparameters
+
+
+def groups(host: JobHost) -> list[types_pb2.Group]:
+    """The groups with the hyperparameters of now. With the job's lock held."""
+    return [
+        types_pb2.Group(hyperparameters=to_hyperparameters(group), parameters=host.job.group_names(index))
+        for index, group in enumerate(host.job.groups)
+    ]
+
+
+def job_info(host: JobHost, with_layout: bool = True) -> jobs_pb2.JobInfo:
+    """A job as it stands."""
+    with host.changed:
+        job = host.job
+        return jobs_pb2.JobInfo(
+            job_id=job.job_id,
+            spec=job.plan.spec if with_layout else _short(job.plan.spec),
+            position=job.position.to_proto(),
+            layout=job.store.layout.to_proto() if with_layout else None,
+            groups=groups(host) if with_layout else [],
+            members=members(host),
+            initialized=job.initialized,
+            backend=job.store.backend.name,
+            metrics=dict(job.metrics),
+            state_bytes=job.store.state_bytes,
+        )
+
+
+def _short(spec: jobs_pb2.JobSpec) -> jobs_pb2.JobSpec:
+    short = jobs_pb2.JobSpec()
+    short.CopyFrom(spec)
+    del short.groups[:]
+    return short
+
+
+def members(host: JobHost) -> list[types_pb2.Member]:
+    return [
+        types_pb2.Member(name=member.name, rank=member.rank, epoch=member.epoch, alive=host.alive(member))
+        for member in sorted(host.job.sessions.members.values(), key=lambda member: member.rank)
+    ]
+
+
+def schedule(document: Mapping[str, Any]) -> optimizer_pb2.Schedule:
+    """From `Job.schedule_document()`."""
+    rates = document["learning_rates"]
+    if document["schedule"] is None:
+        return optimizer_pb2.Schedule(learning_rates=rates)
+    state = ScheduleState.from_document(document["schedule"])
+    arguments = to_hyperparameters(state.arguments)
+    return optimizer_pb2.Schedule(name=state.name, arguments=arguments, last_epoch=state.last_epoch, learning_rates=rates)
+
+
+def push_result(seq: int, done: Done) -> data_pb2.PushResult:
+    value = done.result.value
+    return data_pb2.PushResult(
+        seq=seq,
+        position=done.result.position.to_proto(),
+        learning_rates=value["learning_rates"],
+        grad_norm=value["grad_norm"],
+        skipped=bool(value["skip_reason"]),
+        skip_reason=value["skip_reason"],
+        ranks=value["ranks"],
+        waited_for_rank=done.waited_for,
+        waited_seconds=done.waited_seconds,
+    )
+
+
+def waiting(found: Waiting) -> data_pb2.RoundWaiting:
+    missing = [
+        types_pb2.Member(rank=rank, alive=alive, name=member.name if member else "", epoch=member.epoch if member else 0)
+        for rank, member, alive in found.missing
+    ]
+    return data_pb2.RoundWaiting(round=found.round, missing=missing, waited_seconds=found.waited_seconds)
+
+
+def checkpoint(info: Info) -> checkpoints_pb2.Checkpoint:
+    position = Position(**{key: info.position[key] for key in ("lineage_id", "version", "step")})
+    return checkpoints_pb2.Checkpoint(
+        name=info.name, position=position.to_proto(), size=info.size, time_seconds=info.time_seconds
+    )
+
+
+def position(result: Result) -> types_pb2.Position:
+    return result.position.to_proto()
