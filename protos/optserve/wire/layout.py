@@ -6,7 +6,7 @@ Groups are only ever added, so a layout stays a valid part of every later one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +33,7 @@ class Place:
     array_id: int
     offset: int
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
 
@@ -106,8 +106,15 @@ class Layout:
             for place in chosen
         }
 
-    def blocks_of(self, indices: Iterable[int]) -> dict[int, list[int]]:
-        """The grid blocks of each array that hold anything of the parameters with these indices."""
+    def blocks_of(self, indices: Collection[int]) -> Mapping[int, list[int]]:
+        """The grid blocks of each array that hold anything of the parameters with these (distinct) indices, in order."""
+        return self._all_blocks if len(indices) == len(self.places) else self._blocks(indices)
+
+    @cached_property
+    def _all_blocks(self) -> Mapping[int, list[int]]:
+        return self._blocks(range(len(self.places)))
+
+    def _blocks(self, indices: Collection[int]) -> dict[int, list[int]]:
         touched: dict[int, set[int]] = {}
         for index in indices:
             place = self.places[index]

@@ -55,8 +55,8 @@ _OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
 )
-_WAITING = {"Join", "GetJob", "WaitForVersion", "ListEvents"}
-_BULK = {"InitializeJob", "CreateJobFromCheckpoint", "Push", "Pull", "AddGroup", "GetState", "LoadState"}
+_WAITING = {"Join", "GetJob", "WaitForVersion", "ListEvents", "Push"}
+_BULK = {"InitializeJob", "CreateJobFromCheckpoint", "Pull", "AddGroup", "GetState", "LoadState"}
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Job:
 
     def checked_update(self, index: int, changes: Mapping[str, Value]) -> dict[str, Value]:
         """The group as an edit leaves it; typed errors if it may not be so."""
-        return specs.hyperparameters(self.plan.optimizer, self.checked_group(index), changes)
+        return specs.edited(self.plan.optimizer, self.checked_group(index), changes)
 
     def checked_schedule(self, name: str, arguments: Mapping[str, Value]) -> None:
         """UnknownScheduleError or InvalidHyperparameterError if the schedule cannot be made."""
@@ -92,9 +92,11 @@ class Job:
             schedules.create(name, arguments, self.groups)
 
     def checked_step(self, count: int, metric: float | None) -> None:
-        """Refuses a schedule step without a schedule, and a worker's counted one that does not fit the other ranks'."""
+        """Refuses a schedule step that cannot be made, and a worker's counted one that does not fit the other ranks'."""
         if self.schedule is None:
             raise errors.InvalidArgumentError("the job has no schedule; set one with set_lr_schedule")
+        if not 0 < count <= self.schedule_steps:
+            schedules.step(self.schedule, self.groups, metric)
         if count > self.schedule_steps + 1:
             raise errors.SequenceGapError(
                 f"schedule step {count} came after step {self.schedule_steps}; step {self.schedule_steps + 1} is next"
@@ -224,9 +226,14 @@ class Job:
                 f"the checkpoint has {len(theirs)} parameters in {len(document['group_parameters'])} groups, the job "
                 f"{len(ours)} in {len(mine)}; they differ in {', '.join(odd)}"
             )
-        groups = [specs.hyperparameters(self.plan.optimizer, _tuples(group)) for group in document["groups"]]
-        schedule = document["schedule"]
-        return groups, None if schedule is None else ScheduleState.from_document(schedule)
+        groups = [
+            specs.edited(self.plan.optimizer, {**self.plan.optimizer.defaults, **_tuples(group)}, {})
+            for group in document["groups"]
+        ]
+        schedule = None if document["schedule"] is None else ScheduleState.from_document(document["schedule"])
+        if len(groups) != len(mine) or (schedule is not None and len(schedule.base_lrs) != len(groups)):
+            raise errors.CheckpointMismatchError(f"the checkpoint has {len(groups)} groups; the job has {len(mine)}")
+        return groups, schedule
 
     def to_document(self, steps: Mapping[str, int]) -> dict[str, Any]:
         """All but the tensors, JSON-able. `steps` are those that belong to the exported tensors."""

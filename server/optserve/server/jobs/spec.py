@@ -14,9 +14,13 @@ from optserve.server.formulas import OPTIMIZERS
 from optserve.server.formulas.definition import Optimizer
 from optserve.v1 import jobs_pb2, types_pb2
 from optserve.wire import dtypes, errors
+from optserve.wire.chunks import MAX_MESSAGE_BYTES
 from optserve.wire.values import Value, from_hyperparameters
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
+
+_PARAMETER_BYTES = 48
+"""What a parameter takes in a message beside its name, which is said twice."""
 
 Choice = TypeVar("Choice", bound=int)
 
@@ -75,7 +79,27 @@ def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[
     return merged
 
 
+def edited(optimizer: Optimizer, group: Mapping[str, Value], changes: Mapping[str, Value]) -> dict[str, Value]:
+    """A group after an edit. An lr that is not edited was given by a schedule, which as torch's may leave any finite number."""
+    lr = group["lr"]
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr):
+        raise errors.InvalidHyperparameterError(f"lr is {lr!r}; it must be a finite number")
+    merged = hyperparameters(optimizer, group, {"lr": optimizer.defaults["lr"]}, changes)
+    return merged if "lr" in changes else {**merged, "lr": lr}
+
+
+def check_table(names: Sequence[str]) -> None:
+    """InvalidArgumentError if a job's parameters are so many that a message could not describe them."""
+    if sum(2 * len(name) + _PARAMETER_BYTES for name in names) > MAX_MESSAGE_BYTES:
+        raise errors.InvalidArgumentError(
+            f"the job has {len(names)} parameters, more than a message can describe; join small ones into larger arrays"
+        )
+
+
 def declared(parameters: Sequence[types_pb2.Parameter]) -> Declared:
+    """InvalidNameError for the one name that a safetensors file cannot hold."""
+    if any(entry.name == "__metadata__" for entry in parameters):
+        raise errors.InvalidNameError("a parameter may not be called '__metadata__': safetensors files reserve that name")
     return [(entry.name, tuple(entry.shape), dtypes.from_wire(entry.dtype, entry.name)) for entry in parameters]
 
 
@@ -113,6 +137,7 @@ def plan(spec: jobs_pb2.JobSpec) -> Plan:
         if not (math.isfinite(seconds) and seconds > 0):
             raise errors.InvalidArgumentError(f"{name} is {seconds}; it must be a finite number of seconds above 0")
         setattr(full, name, seconds)
+    check_table([entry.name for group in spec.groups for entry in group.parameters])
     defaults = from_hyperparameters(spec.defaults)
     groups = [hyperparameters(optimizer, defaults, from_hyperparameters(group.hyperparameters)) for group in spec.groups]
     return Plan(full, optimizer, groups, [declared(group.parameters) for group in spec.groups])

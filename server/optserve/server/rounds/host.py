@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from optserve.server.jobs import Job
+from optserve.server.jobs import spec as specs
 from optserve.server.jobs.sessions import Member
 from optserve.server.records import (
     Caller,
@@ -32,6 +34,8 @@ from optserve.v1 import jobs_pb2
 from optserve.wire import errors
 from optserve.wire.values import Value
 
+logger = logging.getLogger("optserve.server")
+
 Clock = Callable[[], float]
 Alive = Callable[[], bool]
 
@@ -42,14 +46,16 @@ class JobHost:
     Waiters sleep on `changed` and are woken by every commit, join, leave and cancelled call.
     """
 
-    def __init__(self, job: Job, journal: Journal, owner_session: str = "", clock: Clock = time.monotonic) -> None:
+    def __init__(self, job: Job, journal: Journal, creator_session: str = "", clock: Clock = time.monotonic) -> None:
         self.job = job
         self.journal = journal
         self.events = EventLog()
         self.clock = clock
         self.changed = threading.Condition()
         self.leases = Leases(job.plan.spec.lease_seconds)
-        self.owner_session = owner_session
+        self.creator_session = creator_session
+        self.owner_session = "" if job.name else creator_session
+        """Whose end is an unnamed job's end."""
         self.closed: errors.OptserveError | None = None
         self.on_membership: Callable[[], None] = lambda: None
         self.on_reset: Callable[[errors.OptserveError], None] = lambda _: None
@@ -57,8 +63,8 @@ class JobHost:
         now = clock()
         for member in job.sessions.members.values():
             self.leases.renew(member.session_id, now)
-        if owner_session:
-            self.leases.renew(owner_session, now)
+        if creator_session:
+            self.leases.renew(creator_session, now)
 
     @property
     def sync(self) -> bool:
@@ -76,6 +82,8 @@ class JobHost:
 
     def publish(self, kind: str, message: str, **fields: object) -> None:
         self.events.publish(kind, self.job.position, message, {name: str(value) for name, value in fields.items()})
+        level = logging.DEBUG if kind == "round" else logging.INFO
+        logger.log(level, "job %s version %d: %s", self.job.name or self.job.job_id, self.job.position.version, message)
 
     def hold(self, session_id: str) -> Hold:
         """The weights for a member to read in place: the next update waits for it. Dropping the member ends it."""
@@ -145,6 +153,17 @@ class JobHost:
             self.on_reset(reason)
             self.changed.notify_all()
         self.events.wake()
+
+    def uploading(self, session_id: str) -> None:
+        """A block of the initial values came: whoever uploads is the creator now, and alive."""
+        with self.changed:
+            self.creator_session = session_id
+            self.leases.renew(session_id, self.clock())
+
+    @property
+    def wants_values(self) -> bool:
+        """Nobody uploads the initial values: whoever attaches now does."""
+        return not self.job.initialized and not self.leases.alive(self.creator_session, self.clock())
 
     def initialized(self) -> None:
         """The creator's values are complete: makes the kernels and lets everybody in."""
@@ -241,7 +260,8 @@ class JobHost:
             if repeated:
                 return repeated
             declared = [(name, array.shape, array.dtype) for name, array in record.parameters]
-            self.job.store.layout.extended(len(self.job.groups), declared)
+            layout = self.job.store.layout.extended(len(self.job.groups), declared)
+            specs.check_table([place.name for place in layout.places])
             result = self.commit(record, "group", f"group {len(self.job.groups)} added with {len(declared)} parameters")
             self.job.store.prepare(self.job.groups)
             return result

@@ -48,6 +48,7 @@ class Registry:
     def create(self, job_id: str, spec: jobs_pb2.JobSpec, session_id: str, exist_ok: bool) -> tuple[Running, bool]:
         """A new job (True), or with `exist_ok` the one of that name if its spec matches (False).
 
+        True means that the caller uploads the initial values; so does a found job whose creator died before it had.
         The same job_id again is the same call again. JobExistsError, JobSpecMismatchError, and what the spec's check raises.
         """
         plan = specs.plan(spec)
@@ -69,7 +70,8 @@ class Registry:
         odd = specs.differences(found.job.plan, plan)
         if odd:
             raise errors.JobSpecMismatchError(f"job {name!r} exists with another spec: {'; '.join(odd)}", name=name)
-        return found, found.job.job_id == job_id and not found.job.initialized
+        same_call = found.job.job_id == job_id and not found.job.initialized
+        return found, same_call or found.host.wants_values
 
     def adopt(self, job: Job, session_id: str = "") -> Running:
         """Takes in a job that a checkpoint gave. JobExistsError if the name is taken."""
@@ -82,7 +84,7 @@ class Registry:
             return self._add(job, session_id)
 
     def _add(self, job: Job, session_id: str) -> Running:
-        host = JobHost(job, self._journal(job.job_id), "" if job.name else session_id, self._clock)
+        host = JobHost(job, self._journal(job.job_id), session_id, self._clock)
         self._by_id[job.job_id] = Running(host)
         return self._by_id[job.job_id]
 

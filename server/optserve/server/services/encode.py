@@ -28,7 +28,7 @@ def job_info(host: JobHost, with_layout: bool = True) -> jobs_pb2.JobInfo:
         job = host.job
         return jobs_pb2.JobInfo(
             job_id=job.job_id,
-            spec=job.plan.spec if with_layout else _short(job.plan.spec),
+            spec=_without_parameters(job.plan.spec),
             position=job.position.to_proto(),
             layout=job.store.layout.to_proto() if with_layout else None,
             groups=groups(host) if with_layout else [],
@@ -40,10 +40,12 @@ def job_info(host: JobHost, with_layout: bool = True) -> jobs_pb2.JobInfo:
         )
 
 
-def _short(spec: jobs_pb2.JobSpec) -> jobs_pb2.JobSpec:
+def _without_parameters(spec: jobs_pb2.JobSpec) -> jobs_pb2.JobSpec:
+    """The layout names them."""
     short = jobs_pb2.JobSpec()
     short.CopyFrom(spec)
-    del short.groups[:]
+    for group in short.groups:
+        del group.parameters[:]
     return short
 
 

@@ -45,6 +45,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
                     raise errors.InvalidChunkError(f"a chunk names array {chunk.array_id}; the job has {len(coverage)}")
                 coverage[chunk.array_id].add(chunk.offset, chunk.data.nbytes)
                 store.write_block(chunk.array_id, chunk.offset, chunk.data)
+                host.uploading(begin.session_id)
             missing = sum(len(entry.missing) for entry in coverage)
             if missing:
                 raise errors.IncompleteStreamError(f"the initial values ended with {missing} chunks missing")

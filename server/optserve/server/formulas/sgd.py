@@ -1,0 +1,94 @@
+"""SGD with momentum, as torch.optim.SGD.
+
+    b_t = μ b_{t-1} + (1 - τ) g_t, with b_1 = g_1
+    p_t = p_{t-1} - γ b_t, or p_{t-1} - γ (g_t + μ b_t) with Nesterov
+
+Momentum: Polyak, 1964; Nesterov form: Sutskever et al., "On the importance of initialization and momentum", 2013, as torch
+modifies it. Deviation from torch: NaN hyperparameters are refused, torch lets them pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+from optserve.server.formulas import checks
+from optserve.server.formulas.definition import Group, Optimizer
+
+_DEFAULTS = {
+    "lr": 1e-3,
+    "momentum": 0,
+    "dampening": 0,
+    "weight_decay": 0,
+    "nesterov": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+def check(group: Group) -> None:
+    """torch's checks."""
+    lr, momentum = checks.number(group, "lr"), checks.number(group, "momentum")
+    dampening, weight_decay = checks.number(group, "dampening"), checks.number(group, "weight_decay")
+    checks.flag(group, "maximize")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not momentum >= 0.0:
+        raise ValueError(f"Invalid momentum value: {momentum}")
+    if math.isnan(dampening):
+        raise ValueError(f"Invalid dampening value: {dampening}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if checks.flag(group, "nesterov") and (momentum <= 0 or dampening != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    checks.execution(group)
+
+
+def options(group: Group) -> dict[str, bool]:
+    """What decides the shape of the loop."""
+    return {
+        "maximize": group["maximize"],
+        "decays": group["weight_decay"] != 0,
+        "has_momentum": group["momentum"] != 0,
+        "nesterov": group["nesterov"],
+    }
+
+
+def scalars(group: Group, step: int) -> dict[str, float]:
+    """The first step takes the gradient as it is, dampened by nothing: torch's rule."""
+    first = step == 1
+    return {
+        "lr": group["lr"],
+        "weight_decay": group["weight_decay"],
+        "momentum": group["momentum"],
+        "kept": 0.0 if first else group["momentum"],
+        "taken": 1.0 if first else 1 - group["dampening"],
+    }
+
+
+def sgd(p, g, b, lr, weight_decay, momentum, kept, taken, *, maximize, decays, has_momentum, nesterov):  # type: ignore[no-untyped-def]
+    """One element of one step."""
+    if maximize:
+        g = -g
+    if decays:
+        g = g + weight_decay * p
+    if has_momentum:
+        b = kept * b + taken * g
+        if nesterov:  # noqa: SIM108
+            g = g + momentum * b
+        else:
+            g = b
+    return p - lr * g, b
+
+
+SGD = Optimizer(
+    name="SGD",
+    defaults=_DEFAULTS,
+    slot_keys=("momentum_buffer",),
+    counts_steps=False,
+    check=check,
+    options=options,
+    scalars=scalars,
+    formula=sgd,
+)

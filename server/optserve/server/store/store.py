@@ -1,0 +1,263 @@
+"""The store of one job: it owns the flat arrays and the lock that says who may read or change them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from optserve.server.backends import Backend, Kernel
+from optserve.server.backends.threads import core_count
+from optserve.server.formulas import Optimizer
+from optserve.server.store.access import Access, Arrays, Hold
+from optserve.server.store.column import Column, Run, copied
+from optserve.server.store.state import MASTER, StoreState, check
+from optserve.server.store.steps import Slice, run
+from optserve.wire.errors import (
+    DtypeMismatchError,
+    InvalidArgumentError,
+    InvalidChunkError,
+    ShapeMismatchError,
+    UnknownParameterError,
+)
+from optserve.wire.layout import Layout
+from optserve.wire.values import Value
+
+FlatArray = npt.NDArray[Any]
+
+_WAIT_SECONDS = 60.0
+
+
+class _Snapshot(dict[int, npt.NDArray[np.generic]]):
+    """A dict that can be weakly referenced."""
+
+
+class Store:
+    """Parameters, masters, slots and step counts of one job. Thread safe.
+
+    Whatever waits takes `timeout_seconds` and raises DeadlineExceededError, which names who was waited for. `version` grows
+    with every change.
+    """
+
+    def __init__(self, optimizer: Optimizer, backend: Backend, threads: int | None = None) -> None:
+        """`threads`: how many take part in an update; None: one a core. The bits do not depend on it."""
+        self.optimizer = optimizer
+        self.backend = backend
+        self.layout = Layout()
+        self.version = 0
+        self._threads = core_count() if threads is None else threads
+        self._columns: list[Column] = []
+        self._access = Access()  # guards everything above
+        self._snapshot: weakref.ref[_Snapshot] | None = None
+        self._snapshot_version = -1
+        self._snapshot_lock = threading.Lock()  # guards the two above
+
+    # Values
+
+    def add_group(
+        self,
+        parameters: Sequence[tuple[str, tuple[int, ...], np.dtype[Any]]],
+        timeout_seconds: float = _WAIT_SECONDS,
+    ) -> None:
+        """Adds zeros in place of the parameters, to be written block by block and sealed.
+
+        Errors of Layout.extended; OutOfMemoryError. Then nothing is added.
+        """
+        with self._changing("adding a param group", timeout_seconds):
+            group = 1 + max((array.group for array in self.layout.arrays), default=-1)
+            layout = self.layout.extended(group, parameters)
+            self._columns += [
+                Column(array, [place for place in layout.places if place.array_id == array.array_id], self.backend)
+                for array in layout.arrays[len(self._columns) :]
+            ]
+            self.layout = layout
+
+    def write_block(self, array_id: int, offset_bytes: int, data: memoryview, timeout_seconds: float = _WAIT_SECONDS) -> None:
+        """Initial values of an array that is not sealed yet. InvalidChunkError if they do not lie in it."""
+        column = self._column(array_id)
+        with self._changing("writing initial values", timeout_seconds):
+            if column.is_sealed:
+                raise InvalidChunkError(f"array {array_id} has its initial values already")
+            if offset_bytes < 0 or offset_bytes + data.nbytes > column.weights.nbytes:
+                raise InvalidChunkError(
+                    f"{data.nbytes} bytes at {offset_bytes} do not lie in array {array_id} of {column.weights.nbytes} bytes"
+                )
+            target = column.weights.view(np.uint8)[offset_bytes : offset_bytes + data.nbytes]
+            target[:] = np.frombuffer(data, np.uint8)
+
+    def seal(self, timeout_seconds: float = _WAIT_SECONDS) -> None:
+        """The initial values of all arrays so far are complete."""
+        with self._changing("sealing the initial values", timeout_seconds):
+            for column in self._columns:
+                if not column.is_sealed:
+                    column.clear_padding()
+                    column.widen()
+                    column.is_sealed = True
+
+    def set_values(self, values: Mapping[str, FlatArray], timeout_seconds: float = _WAIT_SECONDS) -> None:
+        """Whole parameters. UnknownParameterError, ShapeMismatchError or DtypeMismatchError changes nothing."""
+        for name, value in values.items():
+            place = self.layout.place(name)
+            if value.shape != place.shape:
+                raise ShapeMismatchError(f"value {name!r} has shape {value.shape}; the parameter has shape {place.shape}")
+            if value.dtype != place.dtype:
+                raise DtypeMismatchError(f"value {name!r} has dtype {value.dtype}; the parameter has dtype {place.dtype}")
+        with self._changing("setting values", timeout_seconds):
+            for name, value in values.items():
+                place = self.layout.place(name)
+                self._columns[place.array_id].set_value(place, value)
+
+    # Steps
+
+    def accumulators(self) -> dict[int, FlatArray]:
+        """Fresh zeros for gradients: one array of the state dtype for each flat array."""
+        return {column.array.array_id: column.accumulator() for column in self._columns}
+
+    def clear_padding(self, gradients: Mapping[int, FlatArray]) -> None:
+        """Zeroes what lies between parameters in gradients, where a client may have left anything; norms count it."""
+        for array_id, values in gradients.items():
+            self._column(array_id).clear(values)
+
+    def prepare(self, groups: Sequence[Mapping[str, Value]], timeout_seconds: float = _WAIT_SECONDS) -> None:
+        """Compiles every kernel and allocates every slot that these options need. OutOfMemoryError."""
+        self._check_groups(groups)
+        for column in self._columns:
+            self.backend.prepare(column.array.dtype)
+            self._kernel(column, groups[column.array.group])
+        with self._access.writing("allocating optimizer state", timeout_seconds):
+            self._allocate(groups)
+
+    def update(
+        self,
+        groups: Sequence[Mapping[str, Value]],
+        gradients: Mapping[int, FlatArray],
+        scale: float = 1.0,
+        absent: frozenset[int] = frozenset(),
+        timeout_seconds: float = _WAIT_SECONDS,
+    ) -> None:
+        """One step of every parameter whose index is not in `absent`; of those, weights, slots and step stay as they are.
+
+        Gradients have the state or the wire dtype and are not changed; `scale` multiplies them first. An array of which all
+        parameters are absent needs none. InvalidArgumentError if one is missing or of another length; then nothing changed.
+        """
+        with self._changing("the update", timeout_seconds):
+            self._check_groups(groups)
+            self._allocate(groups)
+            work, stepped = self._plan(groups, gradients, absent)
+            run(work, scale, self._threads)
+            for column, ran in stepped:
+                column.stepped(ran)
+            for column in self._columns:
+                column.clear_padding()
+
+    def _plan(
+        self, groups: Sequence[Mapping[str, Value]], gradients: Mapping[int, FlatArray], absent: frozenset[int]
+    ) -> tuple[list[Slice], list[tuple[Column, Run]]]:
+        work: list[Slice] = []
+        stepped: list[tuple[Column, Run]] = []
+        for column in self._columns:
+            group = groups[column.array.group]
+            runs = column.runs(absent)
+            if not runs:
+                continue
+            found = gradients.get(column.array.array_id)
+            if found is None or not column.takes(found):
+                raise InvalidArgumentError(
+                    f"array {column.array.array_id} needs a gradient of {column.array.length} elements of dtype "
+                    f"{column.state_dtype} or {column.array.dtype}"
+                )
+            column.is_sealed = True
+            kernel, slots = self._kernel(column, group), self.optimizer.slots(group)
+            for entry in runs:
+                step = int(column.steps[entry.first]) + 1 if slots else 1
+                scalars = self.optimizer.scalars(group, step)
+                work.append(Slice(kernel, column, slots, found, scalars, entry.begin, entry.end))
+                if slots:
+                    stepped.append((column, entry))
+        return work, stepped
+
+    def _kernel(self, column: Column, group: Mapping[str, Value]) -> Kernel:
+        return self.backend.kernel(self.optimizer, self.optimizer.options(group), column.array.dtype)
+
+    def _allocate(self, groups: Sequence[Mapping[str, Value]]) -> None:
+        for column in self._columns:
+            slots = self.optimizer.slots(groups[column.array.group])
+            if not column.slots.keys() >= set(slots):
+                column.allocate(slots)
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Value]]) -> None:
+        if len(groups) <= max((column.array.group for column in self._columns), default=-1):
+            raise InvalidArgumentError(f"{len(groups)} param groups were given; the job has more")
+
+    # Reading
+
+    def hold(self, reader: str = "a reader", timeout_seconds: float = _WAIT_SECONDS) -> Hold:
+        """The weights as they are, until `release`: nothing is changed meanwhile. `reader` is what errors call the holder."""
+        self._access.begin_reading(reader, timeout_seconds)
+        arrays: Arrays = {column.array.array_id: column.readable for column in self._columns}
+        return Hold(arrays, self.version, lambda: self._access.end_reading(reader))
+
+    @contextmanager
+    def reading(self, reader: str = "a reader", timeout_seconds: float = _WAIT_SECONDS) -> Iterator[Arrays]:
+        """`hold` as a context manager."""
+        hold = self.hold(reader, timeout_seconds)
+        try:
+            yield hold.arrays
+        finally:
+            hold.release()
+
+    def snapshot(self, timeout_seconds: float = _WAIT_SECONDS) -> Arrays:
+        """An immutable copy of the weights of one version, the same object for all who ask while someone keeps it."""
+        with self.reading("a snapshot", timeout_seconds) as arrays, self._snapshot_lock:
+            found = self._snapshot() if self._snapshot is not None else None
+            if found is None or self._snapshot_version != self.version:
+                found = _Snapshot({array_id: copied(array) for array_id, array in arrays.items()})
+                for array in found.values():
+                    array.flags.writeable = False
+                self._snapshot, self._snapshot_version = weakref.ref(found), self.version
+            return found
+
+    # State in and out
+
+    def export(self, timeout_seconds: float = _WAIT_SECONDS) -> StoreState:
+        """Copies of everything of one version. Masters of 16-bit parameters are always among the state."""
+        content = StoreState({}, {}, {})
+        with self.reading("an export", timeout_seconds):
+            for column in self._columns:
+                column.export(content)
+        return content
+
+    def load(self, content: StoreState, with_values: bool, timeout_seconds: float = _WAIT_SECONDS) -> None:
+        """Replaces all optimizer state, and the weights if `with_values`. A parameter without state begins again at step 0.
+
+        A master is taken where it narrows to the parameter's weight; elsewhere the weight was set by someone and wins.
+        InvalidStateDictError if names or shapes do not fit, OutOfMemoryError; then nothing is changed.
+        """
+        found = check(content, self.layout, self.optimizer, with_values)
+        with self._changing("loading a state", timeout_seconds):
+            for column in self._columns:
+                slots = {slot for place in column.places for slot in found.get(place.index, ()) if slot != MASTER}
+                column.allocate(sorted(slots))
+            for column in self._columns:
+                column.load(content, found, with_values, self.optimizer.counts_steps)
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, masters and slots."""
+        return sum(column.nbytes for column in self._columns)
+
+    def _column(self, array_id: int) -> Column:
+        if not 0 <= array_id < len(self._columns):
+            raise UnknownParameterError(f"array {array_id} is not in the job; it has {len(self._columns)} arrays")
+        return self._columns[array_id]
+
+    @contextmanager
+    def _changing(self, writer: str, timeout_seconds: float) -> Iterator[None]:
+        with self._access.writing(writer, timeout_seconds):
+            self.version += 1
+            yield
