@@ -39,13 +39,9 @@ OptserveError
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from optserve.v1 import types_pb2 as pb
-
-DOMAIN = "optserve"
-"""The `domain` of the google.rpc.ErrorInfo in an RPC's status details."""
 
 
 class OptserveError(Exception):
@@ -396,31 +392,6 @@ class MissingExtraError(OptserveError, ImportError):
 
     reason = pb.ERROR_REASON_MISSING_EXTRA
     status = "FAILED_PRECONDITION"
-
-
-def _leaves(base: type[OptserveError]) -> list[type[OptserveError]]:
-    return [
-        leaf
-        for child in base.__subclasses__()
-        for leaf in ([child, *_leaves(child)] if "reason" in vars(child) else _leaves(child))
-    ]
-
-
-ERRORS: Mapping[pb.ErrorReason, type[OptserveError]] = {error.reason: error for error in _leaves(OptserveError)}
-"""Reason to class: the one table by which both sides translate."""
-
-
-def to_detail(error: OptserveError) -> pb.ErrorDetail:
-    """The error as it travels inside a stream."""
-    return pb.ErrorDetail(reason=error.reason, message=str(error), metadata=error.metadata)
-
-
-def from_detail(reason: pb.ErrorReason, message: str, metadata: Mapping[str, str]) -> OptserveError:
-    """The error that a detail stands for; a reason of a newer server becomes InternalError with its number."""
-    error_class = ERRORS.get(reason)
-    if error_class is None:
-        return InternalError(f"{message} (reason {reason} is not known to this client)", **metadata)
-    return error_class(message, **metadata)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -13,8 +13,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from optserve.v1 import types_pb2
-from optserve.wire.errors import DOMAIN, InternalError, OptserveError
+from optserve.wire.errors import InternalError, OptserveError
 from optserve.wire.methods import METHODS, Method, serialize
+from optserve.wire.reasons import DOMAIN
 
 logger = logging.getLogger("optserve.server")
 

@@ -16,7 +16,8 @@ from optserve.server.formulas import Optimizer
 from optserve.server.formulas.language import Program
 from optserve.wire.dtypes import state_dtype
 
-BLOCK = 16384
+BLOCK = 32768
+"""Elements. Measured: 16 K is 0.85 × as fast (the calls cost), 64 K and more no faster for Adam (the cache)."""
 
 _MASKS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
 

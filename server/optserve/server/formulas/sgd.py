@@ -51,6 +51,7 @@ def options(group: Group) -> dict[str, bool]:
         "maximize": group["maximize"],
         "decays": group["weight_decay"] != 0,
         "has_momentum": group["momentum"] != 0,
+        "dampens": group["dampening"] != 0,
         "nesterov": group["nesterov"],
     }
 
@@ -67,14 +68,18 @@ def scalars(group: Group, step: int) -> dict[str, float]:
     }
 
 
-def sgd(p, g, b, lr, weight_decay, momentum, kept, taken, *, maximize, decays, has_momentum, nesterov):  # type: ignore[no-untyped-def]
+def sgd(p, g, b, lr, weight_decay, momentum, kept, taken, *, maximize, decays, has_momentum, dampens, nesterov):  # type: ignore[no-untyped-def]
     """One element of one step."""
     if maximize:
         g = -g
     if decays:
         g = g + weight_decay * p
     if has_momentum:
-        b = kept * b + taken * g
+        b = kept * b
+        if dampens:  # noqa: SIM108
+            b = b + taken * g
+        else:
+            b = b + g
         if nesterov:  # noqa: SIM108
             g = g + momentum * b
         else:

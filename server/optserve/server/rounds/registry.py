@@ -95,6 +95,11 @@ class Registry:
         if self._closed is not None:
             raise type(self._closed)(str(self._closed))
 
+    def get(self, job_id: str) -> Running | None:
+        """The job of that id, if there is one."""
+        with self._lock:
+            return self._by_id.get(job_id)
+
     def find(self, name_or_id: str) -> Running:
         """JobNotFoundError lists the names that are there."""
         with self._lock:

@@ -18,7 +18,7 @@ from optserve.server.store import Hold
 from optserve.v1 import data_pb2, data_pb2_grpc, types_pb2
 from optserve.wire import errors
 from optserve.wire.chunks import Chunk, array_chunks
-from optserve.wire.errors import to_detail
+from optserve.wire.reasons import to_detail
 
 StreamItem = bytes | data_pb2.StreamRequest | Chunk
 PushItem = bytes | data_pb2.PushRequest | Chunk

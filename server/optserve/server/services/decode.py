@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -28,6 +29,14 @@ def session(session_id: str) -> str:
     if not session_id or len(session_id) > 128:
         raise errors.InvalidArgumentError(f"session_id is {session_id!r}; it must be a UUID chosen by the client")
     return session_id
+
+
+def new_job(job_id: str) -> str:
+    """InvalidArgumentError unless a new job's id is a UUID: it also names the folder of its checkpoints."""
+    try:
+        return str(uuid.UUID(job_id))
+    except ValueError:
+        raise errors.InvalidArgumentError(f"job_id is {job_id!r}; it must be a UUID chosen by the client") from None
 
 
 def caller(call: types_pb2.CallIdentity, fingerprint: str) -> tuple[Caller, Seen]:

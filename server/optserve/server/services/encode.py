@@ -14,10 +14,10 @@ from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, type
 from optserve.wire.values import to_hyperparameters
 
 
-def groups(host: JobHost) -> list[types_pb2.Group]:
+def groups(host: JobHost, with_names: bool = True) -> list[types_pb2.Group]:
     """The groups with the hyperparameters of now. With the job's lock held."""
     return [
-        types_pb2.Group(hyperparameters=to_hyperparameters(group), parameters=host.job.group_names(index))
+        types_pb2.Group(hyperparameters=to_hyperparameters(group), parameters=host.job.group_names(index) if with_names else [])
         for index, group in enumerate(host.job.groups)
     ]
 
@@ -31,7 +31,7 @@ def job_info(host: JobHost, with_layout: bool = True) -> jobs_pb2.JobInfo:
             spec=_without_parameters(job.plan.spec),
             position=job.position.to_proto(),
             layout=job.store.layout.to_proto() if with_layout else None,
-            groups=groups(host) if with_layout else [],
+            groups=groups(host, with_layout),
             members=members(host),
             initialized=job.initialized,
             backend=job.store.backend.name,

@@ -29,7 +29,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
 
     def CreateJob(self, request: jobs_pb2.CreateJobRequest, context: CallContext) -> jobs_pb2.CreateJobResponse:
         session_id = decode.session(request.session_id)
-        job_id = decode.session(request.job_id)
+        job_id = decode.new_job(request.job_id)
         running, created = self._registry.create(job_id, request.spec, session_id, request.exist_ok)
         return jobs_pb2.CreateJobResponse(job=encode.job_info(running.host), created=created)
 
@@ -57,7 +57,10 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     ) -> jobs_pb2.CreateJobFromCheckpointResponse:
         found = decode.items(jobs_pb2.CreateJobFromCheckpointRequest, requests)
         begin = decode.first(jobs_pb2.CreateJobFromCheckpointRequest, found, "begin").begin
-        job_id, session_id = decode.session(begin.job_id), decode.session(begin.session_id)
+        job_id, session_id = decode.new_job(begin.job_id), decode.session(begin.session_id)
+        known = self._registry.get(job_id)
+        if known is not None:
+            return jobs_pb2.CreateJobFromCheckpointResponse(job=encode.job_info(known.host))
         files = [(file.name, file.size) for file in begin.files]
         checkpoints = self._archive.checkpoints
         with checkpoints.receive(job_id, IMPORTED, files, replace=True) as upload:

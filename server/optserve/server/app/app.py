@@ -1,24 +1,21 @@
-"""A server: its configuration, its parts wired together, its start and its stop."""
+"""A server's parts wired together, its start and its stop."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from optserve.server import allocator, backends, interceptors
+from optserve.server import backends, interceptors
+from optserve.server.app.config import ServerConfig, check_address
+from optserve.server.app.files import lock, write_whole
 from optserve.server.durability.archive import SHUTDOWN, Archive
 from optserve.server.durability.checkpoints import Checkpoints
 from optserve.server.durability.journal import NullJournal
@@ -40,7 +37,6 @@ logger = logging.getLogger("optserve.server")
 
 Handlers = Mapping[str, Callable[[Any, Any], Any]]
 
-_HOUSEKEEPING_SECONDS = 1.0
 _STOP_GRACE_SECONDS = 10.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -59,27 +55,15 @@ _WAITING = {"Join", "GetJob", "WaitForVersion", "ListEvents", "Push"}
 _BULK = {"InitializeJob", "CreateJobFromCheckpoint", "Pull", "AddGroup", "GetState", "LoadState"}
 
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """How a server runs. `address` None: in process only, nothing listens. `host:0` takes a free port."""
-
-    address: str | None = "127.0.0.1:50051"
-    address_file: Path | None = None
-    backend: str = "auto"
-    data_dir: Path | None = None
-    max_streams: int = 256
-    insecure: bool = False
-
-
 class App:
     """A server in this process. `handlers` are its RPCs by path, for calls in process."""
 
     def __init__(self, config: ServerConfig) -> None:
         """Recovers the jobs of the data dir. InsecureAddressError, StorageError, MissingExtraError."""
-        _check_address(config)
+        check_address(config)
         self.config = config
         self.backend = backends.select(config.backend)
-        self._lock_file = None if config.data_dir is None else _lock(config.data_dir)
+        self._lock_file = None if config.data_dir is None else lock(config.data_dir)
         storage = MemoryStorage() if config.data_dir is None else DiskStorage(config.data_dir)
         self._archive = Archive(Checkpoints(storage))
         self.registry = Registry(self.backend, lambda _: NullJournal())
@@ -137,7 +121,7 @@ class App:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{self.config.address.rpartition(':')[0]}:{port}"
         if self.config.address_file is not None:
-            _write_whole(self.config.address_file, self.address)
+            write_whole(self.config.address_file, self.address)
         return self.address
 
     def housekeeping(self) -> None:
@@ -188,81 +172,3 @@ def _pool_of(path: str) -> str:
     if name in _WAITING:
         return "waiting"
     return "bulk" if name in _BULK or "Checkpoint" in name else "control"
-
-
-def _check_address(config: ServerConfig) -> None:
-    if config.address is None:
-        return
-    host, colon, port = config.address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        raise errors.InvalidArgumentError(f"address {config.address!r} is not host:port")
-    host = host.strip("[]")
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not config.insecure:
-        raise errors.InsecureAddressError(
-            f"{config.address} can be reached from other machines, and nothing is encrypted or authenticated yet; "
-            "say --insecure if that network is yours"
-        )
-
-
-def _lock(data_dir: Path) -> int | None:
-    """Holds the data dir for this process; the lock ends with it, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return None
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise errors.StorageError(f"cannot use the data dir {data_dir}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise errors.StorageError(f"the data dir {data_dir} is in use by another server") from error
-    return descriptor
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A reader sees the whole address or no file."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
-
-
-def start_line(app: App) -> str:
-    """What a server says of itself when it starts."""
-    parts = [f"optserve {metadata.version('optserve')} listening on {app.address}", f"backend {app.backend.name}"]
-    if app.backend.name == "numpy" and app.config.backend == "auto":
-        parts[-1] += ' (numba is not installed: updates are several times slower; pip install "optserve[server]")'
-    if app.config.insecure:
-        parts.append("INSECURE: not encrypted, not authenticated")
-    if app.config.data_dir is None:
-        parts.append("state and checkpoints are in memory only: they end with this process (--data-dir keeps them)")
-    else:
-        jobs = len(app.registry.all())
-        parts.append(f"data dir {app.config.data_dir}: {jobs} {'job' if jobs == 1 else 'jobs'} continued")
-        parts.append("state is in memory: a kill loses what came after the last checkpoint, a stop saves one")
-    return "\n  ".join(parts)
-
-
-def serve(config: ServerConfig) -> int:
-    """Runs a server until SIGTERM or SIGINT; the process's exit code. Only in the main thread."""
-    allocator.tune()
-    app = App(config)
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
-    try:
-        app.start()
-        print(start_line(app), flush=True)
-        while not stopping.wait(_HOUSEKEEPING_SECONDS):
-            app.housekeeping()
-    finally:
-        app.stop()
-    print("optserve stopped", flush=True)
-    return 0

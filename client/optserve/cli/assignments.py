@@ -1,0 +1,49 @@
+"""KEY=VALUE on the command line: hyperparameters and schedule arguments."""
+
+from __future__ import annotations
+
+import ast
+
+import click
+
+from optserve.wire.values import Value
+
+_WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
+
+
+class Assignment(click.ParamType[tuple[str, Value]]):
+    """One KEY=VALUE. Values are numbers, true, false, none, several numbers (0.9,0.99), or text."""
+
+    name = "key=value"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Value]:
+        key, equals, text = str(value).partition("=")
+        if not equals or not key.isidentifier():
+            self.fail(f"{value!r} is not of the form KEY=VALUE, as in lr=1e-4", param, ctx)
+        return key, _parse(text)
+
+
+def _parse(text: str) -> Value:
+    word = text.strip()
+    if word.lower() in _WORDS:
+        return _WORDS[word.lower()]
+    try:
+        found = ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        try:
+            return float(word)  # nan and inf, which the server refuses by name
+        except ValueError:
+            return word
+    if isinstance(found, list | tuple):
+        return tuple(entry for entry in found) if all(isinstance(entry, int | float) for entry in found) else word
+    return found if isinstance(found, int | float | str) else word
+
+
+def collect(assignments: tuple[tuple[str, Value], ...]) -> dict[str, Value]:
+    """As a mapping. A key that is given twice is a usage error."""
+    values: dict[str, Value] = {}
+    for key, value in assignments:
+        if key in values:
+            raise click.UsageError(f"{key} is given twice")
+        values[key] = value
+    return values

@@ -1,0 +1,49 @@
+"""`optserve job events`: what happened to a job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from optserve.cli.options import example, opened, server_option
+from optserve.cli.output import moment, print_json
+
+if TYPE_CHECKING:
+    from optserve.client import Event
+
+FOLLOW_SECONDS = 10.0
+"""One wait for new events; the server allows 30."""
+
+
+@click.command(epilog=example("optserve job events digits", "optserve job events digits --follow --json"))
+@click.argument("job", metavar="JOB")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now, until Ctrl-C.")
+@server_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, for programs.")
+def events(job: str, follow: bool, server: str, as_json: bool) -> None:
+    """Tell what happened to a job: rounds, workers, edits, checkpoints. The server keeps the last 1,000."""
+    with opened(server, job) as found:
+        after = 0
+        while True:
+            for event in found.events(after=after, wait_seconds=FOLLOW_SECONDS if follow else 0):
+                _print_event(event, as_json)
+                after = event.index
+            if not follow:
+                return
+
+
+def _print_event(event: Event, as_json: bool) -> None:
+    if as_json:
+        entry = {
+            "index": event.index,
+            "time_seconds": event.time_seconds,
+            "kind": event.kind,
+            "version": event.position.version,
+            "step": event.position.step,
+            "message": event.message,
+            "fields": dict(event.fields),
+        }
+        print_json(entry, one_line=True)
+    else:
+        click.echo(f"{moment(event.time_seconds)}  step {event.position.step:<6} {event.kind:<10} {event.message}")

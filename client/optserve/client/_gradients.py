@@ -1,0 +1,147 @@
+"""Gradients: checked before the first byte is sent, then packed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from optserve.client import _packing
+from optserve.client._transport import Pieces
+from optserve.v1 import data_pb2
+from optserve.wire.errors import DtypeMismatchError, InvalidArgumentError, ShapeMismatchError
+from optserve.wire.layout import Layout
+
+Array = npt.NDArray[np.generic]
+Gradients = Mapping[str, npt.ArrayLike | None]
+
+_FLOAT16_EXPONENT, _BFLOAT16_EXPONENT = np.uint16(0x7C00), np.uint16(0x7F80)
+"""Set in full: Inf or NaN."""
+
+_BLOCK = 1 << 17
+
+
+@dataclass(frozen=True)
+class Push:
+    """What one push contributes. Its arrays are the caller's own and must stay as they are until the answer."""
+
+    layout: Layout
+    values: Mapping[str, Array]
+    contribution: data_pb2.Contribution
+    weight: float
+    metrics: Mapping[str, float]
+    fingerprint: int
+
+    @property
+    def absent(self) -> list[int]:
+        return [place.index for place in self.layout.places if place.name not in self.values]
+
+    def chunks(self) -> Iterator[Pieces]:
+        """The blocks that hold anything of a present parameter; none unless it is a gradient."""
+        if self.contribution == data_pb2.CONTRIBUTION_GRADIENT:
+            wanted = None
+            if len(self.values) < len(self.layout.places):
+                wanted = self.layout.blocks_of([p.index for p in self.layout.places if p.name in self.values])
+            yield from _packing.blocks(self.layout, self.values, wanted)
+
+
+def checked(layout: Layout, gradients: Gradients, weight: float, metrics: Mapping[str, float] | None) -> Push:
+    """A push of gradients; names that are missing or None are absent.
+
+    UnknownParameterError, ShapeMismatchError, DtypeMismatchError, or InvalidArgumentError for a weight that is not finite and
+    at least 0. A gradient with NaN or Inf becomes the verdict instead of the bytes: the server answers by the job's policy.
+    """
+    if not isinstance(gradients, Mapping):
+        raise InvalidArgumentError(f"gradients must be a dict of names to arrays; got {type(gradients).__name__}")
+    weight = _weight(weight)
+    values = _checked_arrays(layout, gradients)
+    with np.errstate(all="ignore"):  # an overflow is looked at again
+        sums = [(name, _sum(array)) for name, array in values.items()]
+    finite = all(math.isfinite(total) for _, total in sums)
+    contribution = data_pb2.CONTRIBUTION_GRADIENT if finite else data_pb2.CONTRIBUTION_NONFINITE
+    return _push(layout, values, contribution, weight, metrics, sums)
+
+
+def _checked_arrays(layout: Layout, gradients: Gradients) -> dict[str, Array]:
+    values: dict[str, Array] = {}
+    for name, gradient in gradients.items():
+        place = layout.place(name, "gradient")
+        if gradient is None:
+            continue
+        array = np.asarray(gradient)
+        if array.shape != place.shape:
+            raise ShapeMismatchError(
+                f"gradient {name!r} has shape {array.shape}; the parameter has shape {place.shape}", parameter=name
+            )
+        if array.dtype != place.dtype:
+            raise DtypeMismatchError(
+                f"gradient {name!r} has dtype {array.dtype}; the parameter has dtype {place.dtype}", parameter=name
+            )
+        values[name] = array
+    return values
+
+
+def skipped(layout: Layout, metrics: Mapping[str, float] | None = None) -> Push:
+    """A push that contributes nothing."""
+    return _push(layout, {}, data_pb2.CONTRIBUTION_SKIP, 0.0, metrics, [])
+
+
+def _push(
+    layout: Layout,
+    values: Mapping[str, Array],
+    contribution: data_pb2.Contribution,
+    weight: float,
+    metrics: Mapping[str, float] | None,
+    sums: list[tuple[str, float]],
+) -> Push:
+    content = hashlib.blake2b(struct.pack("<id", contribution, weight), digest_size=8)
+    for name, total in sums:
+        content.update(name.encode() + b"\0" + struct.pack("<d", total))
+    fingerprint = int.from_bytes(content.digest(), "little")
+    try:
+        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"metrics must be numbers by name: {error}") from None
+    return Push(layout, values, contribution, weight, numbers, fingerprint)
+
+
+def _weight(weight: float) -> float:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise InvalidArgumentError(f"weight is {weight!r}; it must be a finite number of at least 0")
+    return number
+
+
+def _sum(array: Array) -> float:
+    """A number that depends on the whole content and is not finite if, and only if, some element is not."""
+    if array.itemsize == 2:
+        exponent = _FLOAT16_EXPONENT if array.dtype == np.float16 else _BFLOAT16_EXPONENT
+        return _sum_of_bits(np.ascontiguousarray(array).reshape(-1).view(np.uint16), exponent)
+    flags = array.flags
+    if flags.c_contiguous or flags.f_contiguous:
+        flat = array.reshape(-1, order="A")
+        total = float(np.dot(flat, flat))
+        if math.isfinite(total):
+            return total
+    if not np.isfinite(array).all():
+        return math.nan
+    total = float(np.sum(array, dtype=np.float64))
+    return total if math.isfinite(total) else 0.0
+
+
+def _sum_of_bits(bits: npt.NDArray[np.uint16], mask: np.uint16) -> float:
+    total = 0
+    for begin in range(0, bits.size, _BLOCK):
+        block = bits[begin : begin + _BLOCK]
+        if ((block & mask) == mask).any():
+            return math.nan
+        total = (total * 31 + int(block.sum(dtype=np.uint64))) & 0xFFFF_FFFF_FFFF
+    return float(total)

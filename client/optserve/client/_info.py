@@ -1,0 +1,221 @@
+"""What the client tells about servers, jobs and steps: frozen records made of the contract's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, server_pb2
+from optserve.v1 import types_pb2 as pb
+from optserve.wire.layout import Layout
+from optserve.wire.values import Value, from_hyperparameters
+
+CONSISTENCY: Mapping[str, jobs_pb2.Consistency] = {
+    "sync": jobs_pb2.CONSISTENCY_SYNC,
+    "async": jobs_pb2.CONSISTENCY_ASYNC,
+}
+ON_NONFINITE: Mapping[str, jobs_pb2.OnNonfinite] = {
+    "reject": jobs_pb2.ON_NONFINITE_REJECT,
+    "skip": jobs_pb2.ON_NONFINITE_SKIP,
+}
+ON_MISSING: Mapping[str, jobs_pb2.OnMissing] = {
+    "drop": jobs_pb2.ON_MISSING_DROP,
+    "wait": jobs_pb2.ON_MISSING_WAIT,
+    "fail": jobs_pb2.ON_MISSING_FAIL,
+}
+
+
+def _word(words: Mapping[str, int], number: int) -> str:
+    """The word of an enum's number; unspecified means the first one."""
+    return next((word for word, value in words.items() if value == number), next(iter(words)))
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a job stands. `version` counts records, `step` optimizer steps; `durable_version` survives what was promised."""
+
+    lineage_id: str
+    version: int
+    step: int
+    durable_version: int
+
+    @classmethod
+    def from_proto(cls, position: pb.Position) -> Position:
+        return cls(position.lineage_id, position.version, position.step, position.durable_version)
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server is. `start_id` differs for every start; `backend` is "numba", "numpy" or "cupy"."""
+
+    version: str
+    start_id: str
+    backend: str
+    has_data_dir: bool
+    jobs: int
+    uptime_seconds: float
+    streams: int
+    max_streams: int
+
+    @classmethod
+    def from_proto(cls, server: server_pb2.GetServerResponse) -> ServerInfo:
+        return cls(
+            server.version,
+            server.start_id,
+            server.backend,
+            server.has_data_dir,
+            server.jobs,
+            server.uptime_seconds,
+            server.streams,
+            server.max_streams,
+        )
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker of a job. `alive`: its lease runs."""
+
+    name: str
+    rank: int
+    epoch: int
+    alive: bool
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """A job as it stood when asked. `name` is empty for an unnamed job; `layout` is empty in the list of all jobs.
+
+    `groups` have torch's keys, with parameter names under "params"; `metrics` are the means over the ranks at the last step.
+    """
+
+    job_id: str
+    name: str
+    optimizer: str
+    workers: int
+    consistency: str
+    on_nonfinite: str
+    on_missing: str
+    quorum: int
+    round_timeout_seconds: float
+    lease_seconds: float
+    position: Position
+    groups: tuple[Mapping[str, Value | list[str]], ...]
+    members: tuple[Member, ...]
+    metrics: Mapping[str, float]
+    initialized: bool
+    backend: str
+    state_bytes: int
+    layout: Layout = field(repr=False)
+
+    @classmethod
+    def from_proto(cls, job: jobs_pb2.JobInfo) -> JobInfo:
+        return cls(
+            job_id=job.job_id,
+            name=job.spec.name,
+            optimizer=job.spec.optimizer,
+            workers=job.spec.workers,
+            consistency=_word(CONSISTENCY, job.spec.consistency),
+            on_nonfinite=_word(ON_NONFINITE, job.spec.on_nonfinite),
+            on_missing=_word(ON_MISSING, job.spec.on_missing),
+            quorum=job.spec.quorum,
+            round_timeout_seconds=job.spec.round_timeout_seconds,
+            lease_seconds=job.spec.lease_seconds,
+            position=Position.from_proto(job.position),
+            groups=tuple(group_entries(group) for group in job.groups),
+            members=tuple(Member(member.name, member.rank, member.epoch, member.alive) for member in job.members),
+            metrics=dict(job.metrics),
+            initialized=job.initialized,
+            backend=job.backend,
+            state_bytes=job.state_bytes,
+            layout=Layout.from_proto(job.layout),
+        )
+
+
+def group_entries(group: pb.Group) -> dict[str, Value | list[str]]:
+    """A group as torch shows it: params first, then the hyperparameters in torch's order."""
+    return {"params": list(group.parameters), **from_hyperparameters(group.hyperparameters)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved checkpoint. `time_seconds` counts from 1970."""
+
+    name: str
+    position: Position
+    size_bytes: int
+    time_seconds: float
+
+    @classmethod
+    def from_proto(cls, checkpoint: checkpoints_pb2.Checkpoint) -> Checkpoint:
+        return cls(checkpoint.name, Position.from_proto(checkpoint.position), checkpoint.size, checkpoint.time_seconds)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job. `index` counts since the server started; `time_seconds` counts from 1970."""
+
+    index: int
+    time_seconds: float
+    kind: str
+    position: Position
+    message: str
+    fields: Mapping[str, str]
+
+    @classmethod
+    def from_proto(cls, event: jobs_pb2.Event) -> Event:
+        position = Position.from_proto(event.position)
+        return cls(event.index, event.time_seconds, event.kind, position, event.message, dict(event.fields))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning-rate schedule and where it stands. `last_epoch` is torch's; `learning_rates` has one a group."""
+
+    name: str
+    arguments: Mapping[str, Value]
+    last_epoch: int
+    learning_rates: tuple[float, ...]
+
+    @classmethod
+    def from_proto(cls, schedule: optimizer_pb2.Schedule) -> Schedule | None:
+        """None if there is none."""
+        if not schedule.name:
+            return None
+        arguments = from_hyperparameters(schedule.arguments)
+        return cls(schedule.name, arguments, schedule.last_epoch, tuple(schedule.learning_rates))
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What came of a push.
+
+    `lr` has one entry a group, as the step used them. `grad_norm` is the Euclidean norm of the averaged gradient over all
+    groups. `skipped`: nothing was applied, `skip_reason` says why. `waited_for` is the rank that came last, if this worker
+    waited for it; `ranks` are those that contributed.
+    """
+
+    step: int
+    version: int
+    durable_version: int
+    lr: tuple[float, ...]
+    grad_norm: float
+    skipped: bool
+    skip_reason: str
+    waited_for: int | None
+    waited_seconds: float
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def from_proto(cls, result: data_pb2.PushResult) -> StepInfo:
+        return cls(
+            step=result.position.step,
+            version=result.position.version,
+            durable_version=result.position.durable_version,
+            lr=tuple(result.learning_rates),
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+            skip_reason=result.skip_reason,
+            waited_for=result.waited_for_rank if result.HasField("waited_for_rank") else None,
+            waited_seconds=result.waited_seconds,
+            ranks=tuple(result.ranks),
+        )

@@ -1,0 +1,141 @@
+"""What a user gives to create_job and add_param_group, as the contract has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from optserve.client._info import CONSISTENCY, ON_MISSING, ON_NONFINITE
+from optserve.v1 import jobs_pb2
+from optserve.v1 import types_pb2 as pb
+from optserve.wire import dtypes
+from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, nearest
+from optserve.wire.layout import Layout
+from optserve.wire.values import to_hyperparameters
+
+Array = npt.NDArray[np.generic]
+Params = Mapping[str, npt.ArrayLike] | Iterable[tuple[str, npt.ArrayLike]]
+"""Parameters by name, or (name, array) pairs as torch's named_parameters() gives them."""
+
+ParamGroup = Mapping[str, object]
+"""{"params": Params, hyperparameter: value, ...}"""
+
+_Number = TypeVar("_Number")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group: its values as C-contiguous arrays, and what differs from the defaults."""
+
+    values: dict[str, Array]
+    hyperparameters: dict[str, object]
+
+    def to_proto(self) -> jobs_pb2.GroupSpec:
+        return jobs_pb2.GroupSpec(
+            hyperparameters=to_hyperparameters(self.hyperparameters),
+            parameters=[
+                pb.Parameter(name=name, shape=array.shape, dtype=dtypes.to_wire(array.dtype, f"parameter {name!r}"))
+                for name, array in self.values.items()
+            ],
+        )
+
+
+def _values(params: object) -> dict[str, Array]:
+    pairs = params.items() if isinstance(params, Mapping) else params
+    if isinstance(params, np.ndarray | str) or not isinstance(pairs, Iterable):
+        raise InvalidArgumentError(
+            f"params must be a mapping of names to arrays, or (name, array) pairs; got {type(params).__name__}"
+        )
+    values: dict[str, Array] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise InvalidArgumentError(f"params must name every array by a string; got {type(pair).__name__} without a name")
+        name, value = pair
+        if name in values:
+            raise DuplicateParameterError(f"parameter {name!r} appears more than once", parameter=name)
+        array = np.asarray(value)
+        dtypes.to_wire(array.dtype, f"parameter {name!r}")
+        values[name] = np.ascontiguousarray(array).reshape(array.shape)
+    return values
+
+
+def group(entry: ParamGroup) -> Group:
+    """One group from torch's form of it."""
+    if not isinstance(entry, Mapping) or "params" not in entry:
+        raise InvalidArgumentError('a param group is a dict with the key "params"; got ' + _shown(entry))
+    return Group(_values(entry["params"]), {name: value for name, value in entry.items() if name != "params"})
+
+
+def _shown(entry: object) -> str:
+    return f"one with {sorted(map(str, entry))}" if isinstance(entry, Mapping) else type(entry).__name__
+
+
+def groups(params: Params | ParamGroup | Iterable[ParamGroup]) -> list[Group]:
+    """The groups of create_job: one dict of arrays, one group, or several.
+
+    InvalidArgumentError, DtypeMismatchError or DuplicateParameterError if they cannot be a job's.
+    """
+    found: list[Group]
+    if isinstance(params, Mapping) and not isinstance(params.get("params"), Mapping):
+        found = [Group(_values(params), {})] if params else []
+    elif isinstance(params, Mapping):
+        found = [group(params)]
+    else:
+        entries = list(params)
+        if entries and all(isinstance(entry, tuple) for entry in entries):
+            found = [Group(_values(entries), {})]
+        else:
+            found = [group(entry) for entry in entries]  # type: ignore[arg-type]
+    if not found:
+        raise InvalidArgumentError("optimizer got an empty parameter list")
+    layout = Layout()
+    for index, entry in enumerate(found):
+        layout = layout.extended(index, [(name, array.shape, array.dtype) for name, array in entry.values.items()])
+    return found
+
+
+def chosen(what: str, value: str, words: Mapping[str, _Number]) -> _Number:
+    """The number of a word. InvalidArgumentError lists the words."""
+    try:
+        return words[value]
+    except KeyError:
+        raise InvalidArgumentError(f"{what} is {value!r}{nearest(str(value), list(words))}") from None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a job takes its steps."""
+
+    workers: int
+    consistency: str
+    on_nonfinite: str
+    on_missing: str
+    quorum: int
+    round_timeout_seconds: float
+    lease_seconds: float
+
+
+def job_spec(
+    name: str | None, groups: list[Group], optimizer: str, defaults: Mapping[str, object], rules: Rules
+) -> jobs_pb2.JobSpec:
+    """The spec of a new job; the server checks what is the server's to check."""
+    for what, count in (("workers", rules.workers), ("quorum", rules.quorum)):
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 1 << 32:
+            raise InvalidArgumentError(f"{what} is {count!r}; it must be a whole number of at least 1")
+    return jobs_pb2.JobSpec(
+        name=name or "",
+        optimizer=optimizer,
+        defaults=to_hyperparameters(defaults),
+        groups=[entry.to_proto() for entry in groups],
+        workers=rules.workers,
+        consistency=chosen("consistency", rules.consistency, CONSISTENCY),
+        on_nonfinite=chosen("on_nonfinite", rules.on_nonfinite, ON_NONFINITE),
+        on_missing=chosen("on_missing", rules.on_missing, ON_MISSING),
+        quorum=rules.quorum,
+        round_timeout_seconds=rules.round_timeout_seconds,
+        lease_seconds=rules.lease_seconds,
+    )

@@ -1,0 +1,256 @@
+"""A worker: pushes gradients, pulls weights."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from optserve.client import _gradients, _weights
+from optserve.client._connection import logger
+from optserve.client._gradients import Gradients, Push
+from optserve.client._info import Schedule, StepInfo
+from optserve.client._transport import Outgoing, Stream
+from optserve.client._weights import Destination, Weights
+from optserve.client._worker_session import SILENCE_SECONDS, WorkerSession
+from optserve.v1 import data_pb2, optimizer_pb2
+from optserve.v1 import types_pb2 as pb
+from optserve.wire.errors import ProtocolViolationError, UnknownParameterError
+
+Metrics = Mapping[str, float]
+
+
+class Worker:
+    """One rank of a job, made by Job.join(). A context manager: leaving the block leaves the job.
+
+    Thread safe: calls go one at a time. The same script runs on every rank, so each calls the same methods in the same order.
+    """
+
+    def __init__(self, session: WorkerSession) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        """Guards the session, its stream and last_step."""
+        self._last_step: StepInfo | None = None
+        self._pending: Future[Weights] | None = None
+        weakref.finalize(self, session.abandon)
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.name!r} rank {self.rank} of job {self._session.job}>"
+
+    @property
+    def name(self) -> str:
+        return self._session.name
+
+    @property
+    def rank(self) -> int:
+        return self._session.rank or 0
+
+    @property
+    def last_step(self) -> StepInfo | None:
+        """What came of this worker's last push; None before the first one."""
+        return self._last_step
+
+    def pull(self, out: Weights | None = None) -> Weights:
+        """The weights of one whole version, by name, in the caller's own arrays of the parameters' shapes and dtypes.
+
+        `out`: filled and returned instead of new arrays; cheapest if it is a dict that pull or push_pull returned before.
+        Its contents are undefined after an error.
+        """
+        with self._lock:
+            return self._pull(out)
+
+    def push(self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None) -> StepInfo:
+        """Contributes to a step and waits until it is applied.
+
+        gradients: arrays of their parameters' shapes and dtypes; a name that is missing or None has none. weight: of this rank
+        in the mean over the ranks, such as the samples it saw. metrics: scalars, averaged over the ranks.
+
+        UnknownParameterError, ShapeMismatchError, DtypeMismatchError, InvalidArgumentError before anything is sent;
+        NonfiniteGradientError for NaN or Inf, by the job's policy; RoundTimeoutError naming the ranks that did not come.
+        """
+        with self._lock:
+            return self._send(self._checked(gradients, weight, metrics), None)
+
+    def push_pull(
+        self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None, out: Weights | None = None
+    ) -> Weights:
+        """push() and pull() in one exchange: the weights right after the step. What came of the push is in last_step."""
+        with self._lock:
+            return self._send_and_pull(self._checked(gradients, weight, metrics), out)
+
+    def push_pull_async(
+        self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None, out: Weights | None = None
+    ) -> Future[Weights]:
+        """push_pull() in a thread. The gradients (and `out`) must stay untouched until the future is done.
+
+        One is under way at a time: another one first waits for it. What is wrong with the gradients is raised here.
+        """
+        self._wait_for_pending()
+        with self._lock:
+            push = self._checked(gradients, weight, metrics)
+        future: Future[Weights] = Future()
+        future.set_running_or_notify_cancel()
+        self._pending = future
+
+        def run() -> None:
+            try:
+                with self._lock:
+                    weights = self._send_and_pull(push, out)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(weights)
+
+        threading.Thread(target=run, name=f"optserve-push-{self.name}", daemon=True).start()
+        return future
+
+    def skip_round(self, metrics: Metrics | None = None, out: Weights | None = None) -> Weights:
+        """Sits a round out: contributes nothing, waits for the others and returns the weights after their step."""
+        with self._lock:
+            self._session.check_open()
+            return self._send_and_pull(_gradients.skipped(self._session.layout, metrics), out)
+
+    def step_schedule(self, metric: float | None = None) -> Schedule:
+        """Steps the learning-rate schedule, counted: the k-th call of any rank is the job's k-th step, applied once.
+
+        `metric` is that of ReduceLROnPlateau. RanksDisagreeError if another rank made this step with another one.
+        """
+
+        def step(_: Stream, identity: pb.CallIdentity) -> optimizer_pb2.StepScheduleResponse:
+            request = optimizer_pb2.StepScheduleRequest(
+                call=identity, count=self._session.schedule_steps + 1, metric=None if metric is None else float(metric)
+            )
+            answer = self._session.connection.once(request, optimizer_pb2.StepScheduleResponse)
+            self._session.settle()
+            return answer
+
+        with self._lock:
+            answer = self._session.call(step)
+            self._session.session.saw(answer.position)
+            self._session.schedule_steps += 1
+        schedule = Schedule.from_proto(answer.schedule)
+        if schedule is None:
+            raise ProtocolViolationError("a schedule was stepped, but the answer has none")
+        return schedule
+
+    def leave(self) -> None:
+        """Ends the membership: rounds no longer wait for this worker. Waits for push_pull_async first. Idempotent."""
+        try:
+            self._wait_for_pending()
+        finally:
+            self._session.leave()
+
+    def close(self) -> None:
+        """The same as leave(), without waiting for push_pull_async."""
+        self._session.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.leave()
+        else:
+            self.close()
+
+    def _wait_for_pending(self) -> None:
+        if self._pending is not None:
+            self._pending.exception()
+
+    def _checked(self, gradients: Gradients, weight: float, metrics: Metrics | None) -> Push:
+        self._session.check_open()
+        try:
+            return _gradients.checked(self._session.layout, gradients, weight, metrics)
+        except UnknownParameterError:
+            known = self._session.layout.version
+            self._session.refresh_layout()  # somebody may have added a group
+            if self._session.layout.version == known:
+                raise
+            return _gradients.checked(self._session.layout, gradients, weight, metrics)
+
+    def _destination(self, out: Weights | None) -> Destination:
+        self._session.check_open()
+        return Destination(self._session.layout, None, out)
+
+    def _pull(self, out: Weights | None) -> Weights:
+        """The lock is held."""
+        destination = self._destination(out)
+        while True:
+            self._session.call(partial(self._request_weights, destination), mutates=False)
+            if destination.filled:
+                return destination.finished()
+            self._session.refresh_layout()
+            destination = self._destination(out)
+
+    def _request_weights(self, destination: Destination, stream: Stream, _: pb.CallIdentity) -> None:
+        stream.send([data_pb2.StreamRequest(pull=data_pb2.PullWeights())])
+        self._read_weights(stream, destination)
+        self._session.settle()
+
+    def _read_weights(self, stream: Stream, destination: Destination) -> None:
+        answer = self._session.answer(stream)
+        if answer.WhichOneof("content") != "weights":
+            raise ProtocolViolationError(f"{answer.WhichOneof('content')} came where weights were expected")
+        self._session.session.saw(answer.weights.position)
+        _weights.read(answer.weights, lambda: stream.receive(SILENCE_SECONDS), destination)
+
+    def _send_and_pull(self, push: Push, out: Weights | None) -> Weights:
+        """The lock is held."""
+        destination = self._destination(out)
+        self._send(push, destination)
+        if destination.filled:
+            return destination.finished()
+        self._session.refresh_layout()
+        return self._pull(out)
+
+    def _send(self, push: Push, destination: Destination | None) -> StepInfo:
+        """The push, until its result and the weights that may follow are read. The lock is held."""
+
+        def exchange(stream: Stream, identity: pb.CallIdentity) -> data_pb2.PushResult:
+            stream.send(_requests(push, identity, destination is not None))
+            while True:
+                answer = self._session.answer(stream)
+                content = answer.WhichOneof("content")
+                if content == "pushed":
+                    break
+                if content == "waiting":
+                    _log_waiting(answer.waiting)
+                elif content == "resend":
+                    stream.send(_requests(push, identity, destination is not None))
+                else:
+                    raise ProtocolViolationError(f"a push was answered with {content}")
+            if destination is not None:
+                self._read_weights(stream, destination)
+            self._session.settle()
+            return answer.pushed
+
+        result = self._session.call(exchange)
+        self._session.session.saw(result.position)
+        self._last_step = StepInfo.from_proto(result)
+        return self._last_step
+
+
+def _requests(push: Push, identity: pb.CallIdentity, want_weights: bool) -> Iterator[Outgoing]:
+    """Begin, chunks, end; made while they are sent."""
+    begin = data_pb2.PushBegin(
+        call=identity,
+        contribution=push.contribution,
+        weight=push.weight,
+        parameter_count=len(push.layout.places),
+        absent=push.absent,
+        content_fingerprint=push.fingerprint,
+        want_weights=want_weights,
+        metrics=push.metrics,
+    )
+    yield data_pb2.StreamRequest(push=begin)
+    yield from push.chunks()
+    yield data_pb2.StreamRequest(end=pb.StreamEnd())
+
+
+def _log_waiting(waiting: data_pb2.RoundWaiting) -> None:
+    missing = ", ".join(f"rank {member.rank}" + (f" {member.name!r}" if member.name else "") for member in waiting.missing)
+    logger.warning("round %d: waiting %.0f s for %s", waiting.round, waiting.waited_seconds, missing)

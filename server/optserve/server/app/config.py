@@ -1,0 +1,40 @@
+"""How a server runs: one frozen object, built at the edge."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from optserve.wire import errors
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How a server runs. `address` None: in process only, nothing listens. `host:0` takes a free port."""
+
+    address: str | None = "127.0.0.1:50051"
+    address_file: Path | None = None
+    backend: str = "auto"
+    data_dir: Path | None = None
+    max_streams: int = 256
+    insecure: bool = False
+
+
+def check_address(config: ServerConfig) -> None:
+    """InvalidArgumentError, or InsecureAddressError for one that others can reach."""
+    if config.address is None:
+        return
+    host, colon, port = config.address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise errors.InvalidArgumentError(f"address {config.address!r} is not host:port")
+    host = host.strip("[]")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not config.insecure:
+        raise errors.InsecureAddressError(
+            f"{config.address} can be reached from other machines, and nothing is encrypted or authenticated yet; "
+            "say --insecure if that network is yours"
+        )
