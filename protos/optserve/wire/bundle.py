@@ -57,9 +57,10 @@ class Receiver:
         if nbytes > limit:
             raise InvalidArgumentError(f"the bundle has {nbytes} bytes; at most {limit} fit the job's parameters and state")
         for entry in entries:
-            size = math.prod(entry.shape) * dtypes.from_wire(entry.dtype, entry.parameter).itemsize
-            if any(extent < 0 for extent in entry.shape) or entry.offset % _ALIGNMENT or entry.offset + size > nbytes:
-                raise InvalidArgumentError(f"{entry.parameter!r} {entry.slot} does not fit the bundle of {nbytes} bytes")
+            what = f"{entry.parameter!r} {entry.slot}".strip()
+            size = dtypes.checked_bytes(what, entry.shape, dtypes.from_wire(entry.dtype, what))
+            if entry.offset % _ALIGNMENT or entry.offset + size > nbytes:
+                raise InvalidArgumentError(f"{what} does not fit the bundle of {nbytes} bytes")
         self._entries = entries
         self._buffer = np.zeros(nbytes, np.uint8)
         self._coverage = Coverage("the bundle", nbytes)

@@ -5,12 +5,15 @@ bfloat16 is `ml_dtypes.bfloat16` in NumPy. The 16-bit types have float32 masters
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from optserve.v1 import types_pb2 as pb
-from optserve.wire.errors import DtypeMismatchError
+from optserve.wire.errors import DtypeMismatchError, InvalidArgumentError
 
 DTYPES: dict[pb.DataType, np.dtype[np.generic]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype(np.float32),
@@ -19,6 +22,8 @@ DTYPES: dict[pb.DataType, np.dtype[np.generic]] = {
     pb.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
 """Wire to NumPy."""
+
+_MAX_DIMENSIONS, _MAX_BYTES = 64, 1 << 62
 
 _DATA_TYPES = {dtype: data_type for data_type, dtype in DTYPES.items()}
 
@@ -39,6 +44,15 @@ def from_wire(data_type: pb.DataType, what: str = "array") -> np.dtype[np.generi
         return DTYPES[data_type]
     except KeyError:
         raise DtypeMismatchError(f"{what} has the unknown data type {data_type}", found=data_type) from None
+
+
+def checked_bytes(what: str, shape: Sequence[int], dtype: np.dtype[np.generic]) -> int:
+    """The bytes of an array. InvalidArgumentError names `what` if NumPy could not hold one of that shape."""
+    if any(extent < 0 for extent in shape) or len(shape) > _MAX_DIMENSIONS:
+        raise InvalidArgumentError(f"{what} has the shape {tuple(shape)}; extents are at least 0, dimensions at most 64")
+    if math.prod(max(extent, 1) for extent in shape) * dtype.itemsize > _MAX_BYTES:
+        raise InvalidArgumentError(f"{what} has the shape {tuple(shape)}, more than any memory holds")
+    return math.prod(shape) * dtype.itemsize
 
 
 def state_dtype(dtype: npt.DTypeLike) -> np.dtype[np.generic]:

@@ -51,7 +51,7 @@ class OptserveError(Exception):
     status: ClassVar[str] = "UNKNOWN"
     """Name of the gRPC status code that carries it."""
 
-    def __init__(self, message: str, **metadata: object) -> None:
+    def __init__(self, message: str, /, **metadata: object) -> None:
         super().__init__(message)
         self.message = message
         self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items()}

@@ -22,6 +22,9 @@ ALIGNMENT = 32
 """Elements: 64 bytes in the 16-bit types."""
 
 
+_NONE = np.array([], np.intp)
+
+
 @dataclass(frozen=True)
 class Place:
     """One parameter. `index` is torch's integer id; `offset` and `size` are in elements of its array."""
@@ -84,8 +87,7 @@ class Layout:
         for name, shape, dtype in parameters:
             if not name:
                 raise InvalidArgumentError(f"a parameter of group {group} has an empty name")
-            if any(extent < 0 for extent in shape):
-                raise InvalidArgumentError(f"parameter {name!r} has the shape {shape}; no extent may be negative")
+            dtypes.checked_bytes(f"parameter {name!r}", shape, dtype)
             if name in taken:
                 raise DuplicateParameterError(f"parameter {name!r} appears more than once", parameter=name)
             taken.add(name)
@@ -123,6 +125,21 @@ class Layout:
                 first, last = place.offset * width // CHUNK_BYTES, ((place.offset + place.size) * width - 1) // CHUNK_BYTES
                 touched.setdefault(place.array_id, set()).update(range(first, last + 1))
         return {array_id: sorted(found) for array_id, found in sorted(touched.items())}
+
+    def padding(self, array_id: int, block: int) -> npt.NDArray[np.intp]:
+        """The elements of a grid block, counted from its begin, that belong to no parameter: zero in weights and gradients."""
+        return self._padding.get((array_id, block), _NONE)
+
+    @cached_property
+    def _padding(self) -> Mapping[tuple[int, int], npt.NDArray[np.intp]]:
+        found: dict[tuple[int, int], list[int]] = {}
+        for place in self.places:
+            per_block = CHUNK_BYTES // place.dtype.itemsize
+            end = place.offset + place.size
+            for element in range(end, -(-end // ALIGNMENT) * ALIGNMENT):
+                block, rest = divmod(element, per_block)
+                found.setdefault((place.array_id, block), []).append(rest)
+        return {key: np.array(elements, np.intp) for key, elements in found.items()}
 
     def to_proto(self) -> pb.Layout:
         """As it travels, each array placed on the server that answers."""

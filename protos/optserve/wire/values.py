@@ -13,26 +13,31 @@ Value = None | bool | int | float | str | tuple[float, ...]
 
 def to_value(name: str, value: object) -> pb.Value:
     """The wire form; NumPy scalars count as Python numbers, lists as tuples. InvalidHyperparameterError for anything else."""
-    item = getattr(value, "item", None)
-    if item is not None and getattr(value, "shape", None) == ():
-        value = item()
-    if value is None:
-        return pb.Value()
-    if isinstance(value, bool):
-        return pb.Value(flag=value)
-    if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return pb.Value(integer=value)
-    if isinstance(value, float):
-        return pb.Value(number=value)
-    if isinstance(value, str):
-        return pb.Value(text=value)
-    if isinstance(value, list | tuple) and all(
-        isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value
-    ):
-        return pb.Value(numbers=pb.NumberList(values=value))
+    value = tuple(_plain(entry) for entry in value) if isinstance(value, list | tuple) else _plain(value)
+    try:
+        if value is None:
+            return pb.Value()
+        if isinstance(value, bool):
+            return pb.Value(flag=value)
+        if isinstance(value, int):
+            return pb.Value(integer=value)
+        if isinstance(value, float):
+            return pb.Value(number=value)
+        if isinstance(value, str):
+            return pb.Value(text=value)
+        if isinstance(value, tuple) and all(type(entry) in (int, float) for entry in value):
+            return pb.Value(numbers=pb.NumberList(values=value))
+    except (ValueError, OverflowError) as error:  # an int of more than 64 bits, a str that is no text
+        raise InvalidHyperparameterError(f"{name} is {value!r}, which cannot be sent: {error}") from error
     raise InvalidHyperparameterError(
         f"{name} is {value!r} of type {type(value).__name__}; allowed are None, bool, int, float, str and tuples of numbers"
     )
+
+
+def _plain(value: object) -> object:
+    """A NumPy scalar or 0-d array as a Python number."""
+    item = getattr(value, "item", None)
+    return item() if item is not None and getattr(value, "shape", None) == () else value
 
 
 def from_value(value: pb.Value) -> Value:

@@ -49,6 +49,15 @@ def check_name(name: str, what: str = "job") -> None:
         )
 
 
+def check_worker_name(name: str) -> None:
+    """InvalidNameError for one that a message or a command line could not show."""
+    if not _PART.fullmatch(name):
+        raise errors.InvalidNameError(
+            f"worker name {name!r} is not allowed; use letters, digits, '.', '_' and '-' (not first a '.'), at most 128",
+            name=name,
+        )
+
+
 def find_optimizer(name: str) -> Optimizer:
     """UnknownOptimizerError lists the known ones and the nearest name."""
     optimizer = OPTIMIZERS.get(name.lower())
@@ -156,8 +165,9 @@ def differences(found: Plan, wanted: Plan) -> list[str]:
             texts.append(f"{field} is {names[here]!r}, not {names[there]!r}")
     if len(found.groups) != len(wanted.groups):
         texts.append(f"it has {len(found.groups)} param groups, not {len(wanted.groups)}")
-    for index, (here, there) in enumerate(zip(found.groups, wanted.groups, strict=False)):
-        texts += [f"group {index} has {key}={here[key]!r}, not {there[key]!r}" for key in here if here[key] != there.get(key)]
+    groups = zip(found.groups, wanted.groups, strict=False) if found.optimizer is wanted.optimizer else ()
+    for index, (here, there) in enumerate(groups):
+        texts += [f"group {index} has {key}={here[key]!r}, not {there[key]!r}" for key in here if here[key] != there[key]]
     for index, (mine, theirs) in enumerate(zip(found.parameters, wanted.parameters, strict=False)):
         if mine != theirs:
             texts.append(f"group {index} has other parameters: {_first_difference(mine, theirs)}")

@@ -67,6 +67,9 @@ class CurrentRound:
             self._expect()
         else:
             gather.expect((contribution.member.rank,))
+        if gather.void:
+            self._detach()
+            self._host.changed.notify_all()
 
     def remove(self, gather: Gather, contribution: Contribution) -> None:
         """Takes a push out of its round; the round is void if anything depends on it."""

@@ -33,7 +33,7 @@ def decide(votes: Sequence[Vote], base_weight: float, sum_of_squares: float, par
         return Decision(ranks, 1.0, frozenset(), 0.0, "nonfinite", metrics)
     if not contributors:
         return Decision((), 1.0, frozenset(), 0.0, "no weight", metrics)
-    scale = 1.0 / math.fsum(vote.weight / base_weight for vote in contributors)
+    scale = 1.0 / sum(vote.weight / base_weight for vote in contributors)
     absent = frozenset(range(parameters)).intersection(*(vote.absent for vote in contributors))
     if not math.isfinite(sum_of_squares):
         return Decision(ranks, scale, absent, 0.0, "nonfinite", metrics)
@@ -45,6 +45,6 @@ def _means(votes: Sequence[Vote]) -> dict[str, float]:
     means: dict[str, float] = {}
     for name in sorted({name for vote in votes for name in vote.metrics}):
         pairs = [(vote.weight, vote.metrics[name]) for vote in votes if name in vote.metrics]
-        total = math.fsum(weight for weight, _ in pairs)
-        means[name] = math.fsum((weight / total if total else 1 / len(pairs)) * value for weight, value in pairs)
+        total = sum(weight for weight, _ in pairs)
+        means[name] = sum((weight / total if total else 1 / len(pairs)) * value for weight, value in pairs)
     return means

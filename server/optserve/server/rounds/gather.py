@@ -107,12 +107,15 @@ class Gather:
         return [r for r in self.expected if r not in self.contributions or not self.contributions[r].complete]
 
     def add(self, contribution: Contribution, layout: Layout, accumulators: Mapping[int, npt.NDArray[np.generic]]) -> None:
-        """Takes a push in; its chunks follow."""
+        """Takes a push in; its chunks follow. One that comes back below a rank that has added something voids the sum."""
         self.layout = layout
         self.accumulators = dict(accumulators)
         if contribution.folds:
             contribution.unfolded = set(contribution.wanted)
-        self.contributions[contribution.member.rank] = contribution
+        rank = contribution.member.rank
+        if contribution.folds and any(other.folded_any for at, other in self.contributions.items() if at > rank):
+            self.void = True
+        self.contributions[rank] = contribution
 
     def expect(self, ranks: tuple[int, ...]) -> None:
         """Says whom the round waits for."""
@@ -217,48 +220,61 @@ class Gather:
                 return
             self._busy.add(key)
         while turn is not None:
-            finite = self._add(key, *turn)
-            # while the block is in the cache: nothing more will be added to it
-            last = finite and turn[0].member.rank == max(self.expected, default=0)
-            squares = self._backend.sum_of_squares(self._block(key)) if last else None
+            squares, error = self._add(key, *turn)
             with self._changed:
-                self._added(key, turn[0], finite, squares)
+                self._added(key, turn[0], squares, error)
                 turn = self._turn(key)
                 if turn is None:
                     self._busy.discard(key)
                     if self._waiting or not self._busy:
                         self._changed.notify_all()
 
-    def _add(self, key: Key, contribution: Contribution, data: memoryview) -> bool:
-        """Folds one block; False if the gradient is not finite."""
+    def _add(self, key: Key, contribution: Contribution, data: memoryview) -> tuple[float | None, errors.OptserveError | None]:
+        """Folds one block: the aggregate's sum of squares if no rank is to come, and why it was not folded."""
         values = np.frombuffer(data, self.layout.arrays[key[0]].dtype)
-        if not self._backend.finite(values):
-            return False
+        error = self._fault(key, contribution, values)
+        if error is not None:
+            return None, error
         with self._changed:
+            if self.void or self.contributions.get(contribution.member.rank) is not contribution:
+                return None, None  # it fell out meanwhile: from here on that would void the round
             if self.base is None:
                 self.base = min((c for c in self.contributions.values() if c.folds), key=lambda c: c.member.rank)
             contribution.folded_any = True
             first = not self._folded.get(key)
+            self._folded.setdefault(key, set()).add(contribution.member.rank)
             ratio = contribution.weight / self.base.weight
+            last = contribution.member.rank == max(self.expected, default=0)
         into = self._block(key)
         self._backend.fold(into, values, ratio, first)
-        return True
+        return (self._backend.sum_of_squares(into) if last else None), None  # while the block is in the cache
 
-    def _added(self, key: Key, contribution: Contribution, finite: bool, squares: float | None) -> None:
-        if finite:
+    def _fault(self, key: Key, contribution: Contribution, values: npt.NDArray[np.generic]) -> errors.OptserveError | None:
+        """Why a block must not be folded."""
+        who = f"rank {contribution.member.rank} {contribution.member.name!r}"
+        if not self._backend.finite(values):
+            return errors.NonfiniteGradientError(
+                f"the gradient of {who} holds NaN or Inf in {', '.join(self._names(key))}; nothing was applied, push again",
+                rank=contribution.member.rank,
+            )
+        padding = self.layout.padding(*key)
+        if padding.size and values[padding].astype(np.float32).any():
+            return errors.InvalidChunkError(
+                f"the gradient of {who} is not zero between the parameters of block {key[1]} of array {key[0]}"
+            )
+        return None
+
+    def _added(self, key: Key, contribution: Contribution, squares: float | None, error: errors.OptserveError | None) -> None:
+        if error is None:
             contribution.unfolded.discard(key)
-            self._folded.setdefault(key, set()).add(contribution.member.rank)
             self._squares.pop(key, None)
             if squares is not None:
                 self._squares[key] = squares
-        elif self._skip_nonfinite:
+        elif self._skip_nonfinite and isinstance(error, errors.NonfiniteGradientError):
             contribution.found_inf = True
+            self.stale = True
         else:
-            contribution.error = errors.NonfiniteGradientError(
-                f"the gradient of rank {contribution.member.rank} {contribution.member.name!r} holds NaN or Inf in "
-                f"{', '.join(self._names(key))}; nothing was applied, push again",
-                rank=contribution.member.rank,
-            )
+            contribution.error = error
             self.remove(contribution)
 
     def _names(self, key: Key) -> list[str]:

@@ -60,6 +60,7 @@ class JobHost:
         self.on_membership: Callable[[], None] = lambda: None
         self.on_reset: Callable[[errors.OptserveError], None] = lambda _: None
         self._holds: dict[str, Hold] = {}
+        self._streams: dict[str, object] = {}
         now = clock()
         for member in job.sessions.members.values():
             self.leases.renew(member.session_id, now)
@@ -194,6 +195,8 @@ class JobHost:
         with self.changed:
             self.check_initialized()
             self.job.check_seen(*seen)
+            if name:
+                specs.check_worker_name(name)
             held = self.job.sessions.member_of(session_id)
             if held is None or held.left or (name and held.name != name) or (rank is not None and held.rank != rank):
                 self.job.store.prepare(self.job.groups)
@@ -211,6 +214,9 @@ class JobHost:
 
     def _join(self, record: Joined) -> None:
         former = self.job.sessions.members.get(record.name)
+        for member in list(self.job.sessions.members.values()):
+            if member.name == record.name or member.rank == record.rank:
+                self.release(member.session_id)
         message = f"worker {record.name!r} joined as rank {record.rank}"
         self.commit(record, "joined", message, name=record.name, rank=record.rank, epoch=record.epoch)
         if former is not None and former.session_id != record.session_id and not former.left:
@@ -234,14 +240,22 @@ class JobHost:
             if member is None or member.left:
                 return
             self.job.sessions.check_member(session_id, epoch)
+            self.release(session_id)
             self.commit(Left(member.name), "left", f"worker {member.name!r} left", name=member.name, rank=member.rank)
             self.on_membership()
 
-    def stream_ended(self, session_id: str) -> None:
-        """A worker's stream broke off: begins its reconnect grace."""
+    def stream_opened(self, session_id: str, stream: object) -> None:
+        """A worker's stream: the newest one is what counts."""
         with self.changed:
-            self.leases.shorten(session_id, self.clock())
-            self.changed.notify_all()
+            self._streams[session_id] = stream
+
+    def stream_ended(self, session_id: str, stream: object) -> None:
+        """A worker's newest stream broke off: begins its reconnect grace."""
+        with self.changed:
+            if self._streams.get(session_id) is stream:
+                del self._streams[session_id]
+                self.leases.shorten(session_id, self.clock())
+                self.changed.notify_all()
 
     def update_group(self, caller: Caller, seen: tuple[str, int], group: int, changes: Mapping[str, Value]) -> Result:
         with self.changed:

@@ -168,7 +168,9 @@ class Pushes:
             self._round.remove(gather, earlier)
             gather = self._round.current()
         count = len(layout.places)
-        present = [index for index in range(min(push.parameter_count, count)) if index not in push.absent]
+        if push.parameter_count > count:
+            raise errors.UnknownParameterError(f"the push announces {push.parameter_count} parameters; the job has {count}")
+        present = [index for index in range(push.parameter_count) if index not in push.absent]
         touched = layout.blocks_of(present) if push.kind == data_pb2.CONTRIBUTION_GRADIENT else {}
         contribution = Contribution(
             member,

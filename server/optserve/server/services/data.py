@@ -125,6 +125,7 @@ class _WorkerStream:
         self._opening = opening
         self._hold: Hold | None = None
         context.add_callback(self._cut)
+        running.host.stream_opened(opening.session_id, self)
 
     def _cut(self) -> None:
         """In gRPC's thread, when the stream ends: a reader that is gone must not keep the next update waiting."""
@@ -134,7 +135,7 @@ class _WorkerStream:
 
     def close(self) -> None:
         self._cut()
-        self._running.host.stream_ended(self._opening.session_id)
+        self._running.host.stream_ended(self._opening.session_id, self)
 
     def _member(self) -> Member:
         return self._running.job.sessions.check_member(self._opening.session_id, self._opening.epoch)

@@ -129,8 +129,9 @@ class Store:
         for column in self._columns:
             self.backend.prepare(column.array.dtype)
             self._kernel(column, groups[column.array.group])
-        with self._access.writing("allocating optimizer state", timeout_seconds):
-            self._allocate(groups)
+        if any(not c.slots.keys() >= set(self.optimizer.slots(groups[c.array.group])) for c in self._columns):
+            with self._access.writing("allocating optimizer state", timeout_seconds):
+                self._allocate(groups)
 
     def update(
         self,
