@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from optserve.server.backends import Backend
@@ -57,10 +56,7 @@ class Archive:
     def load(self, job_id: str, checkpoint: str, name: str | None, backend: Backend, lineage_id: str) -> Job:
         """A job from a checkpoint in its folder. `name`: a new job's; None: the same job goes on under its own."""
         content = self.checkpoints.read(job_id, checkpoint)
-        document = content.document
-        own = _spec_name(document) if name is None else name
-        tensors = StoreState(dict(content.parameters), dict(content.state), _steps(document))
-        return Job.from_document(job_id, own, document, tensors, backend, lineage_id, same_job=name is None)
+        return Job.from_document(job_id, name, content.document, content.parameters, content.state, backend, lineage_id)
 
     def recover(self, backend: Backend) -> list[Job]:
         """Every job from its newest checkpoint that is whole. What cannot be read is said in the log, and left where it is."""
@@ -79,17 +75,3 @@ class Archive:
                 jobs.append(job)
                 break
         return jobs
-
-
-def _spec_name(document: Mapping[str, Any]) -> str:
-    try:
-        return str(document["spec"].get("name", ""))
-    except (KeyError, AttributeError) as error:
-        raise errors.CheckpointMismatchError("the checkpoint's document has no spec") from error
-
-
-def _steps(document: Mapping[str, Any]) -> dict[str, int]:
-    try:
-        return {str(name): int(step) for name, step in document["steps"].items()}
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise errors.CheckpointMismatchError("the checkpoint's document has no table of steps") from error

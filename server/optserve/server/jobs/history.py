@@ -43,8 +43,12 @@ class History:
         return {"lineage_id": self.lineage_id, "ended": self.ended}
 
     @classmethod
-    def from_document(cls, document: Mapping[str, Any], lineage_id: str, version: int) -> History:
-        """The history of a checkpoint, continued by a new lineage."""
-        history = cls(document["lineage_id"], 0, dict(document["ended"]))
-        history.branch(lineage_id, version)
-        return history
+    def from_document(cls, document: Mapping[str, Any]) -> History:
+        """TypeError or KeyError if it is none."""
+        ended = dict(document["ended"])
+        lineage_id = document["lineage_id"]
+        if not all(isinstance(entry, str) for entry in (lineage_id, *ended)) or not all(
+            type(end) is int for end in ended.values()
+        ):
+            raise TypeError(f"{document!r} is not a history")
+        return cls(lineage_id, 0, ended)

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy.typing as npt
 from google.protobuf import json_format
 
 from optserve.server import schedules
 from optserve.server.backends import Backend
 from optserve.server.jobs import spec as specs
+from optserve.server.jobs.documents import Document
 from optserve.server.jobs.history import History
 from optserve.server.jobs.sessions import Sessions
 from optserve.server.records import (
@@ -33,7 +35,6 @@ from optserve.server.records import (
 )
 from optserve.server.schedules import ScheduleState
 from optserve.server.store import Store, StoreState
-from optserve.v1 import jobs_pb2
 from optserve.wire import errors
 from optserve.wire.values import Value
 
@@ -202,38 +203,17 @@ class Job:
         return {"schedule": document, "learning_rates": self.learning_rates}
 
     def _restore(self, record: Restored) -> Position:
-        document = record.document
-        groups, schedule = self.checked_document(document)
-        steps = {name: int(count) for name, count in document["steps"].items()}
-        self.store.load(StoreState(dict(record.parameters), dict(record.state), steps), with_values=True)
-        self.groups, self.schedule, self.metrics = groups, schedule, document["metrics"]
-        version = int(document["position"]["version"])
-        self.history.branch(record.lineage_id, version)
-        return Position(record.lineage_id, version, int(document["position"]["step"]))
+        document = self.checked_document(record.document)
+        self.store.load(StoreState(dict(record.parameters), dict(record.state), document.steps), with_values=True)
+        self.groups, self.schedule, self.metrics = document.groups, document.schedule, document.metrics
+        self.history.branch(record.lineage_id, document.version)
+        return Position(record.lineage_id, document.version, document.step)
 
-    def checked_document(self, document: Mapping[str, Any]) -> tuple[list[dict[str, Value]], ScheduleState | None]:
-        """A checkpoint's groups and schedule. CheckpointMismatchError unless it is of this job's optimizer and parameters."""
-        if document["spec"]["optimizer"] != self.plan.optimizer.name:
-            raise errors.CheckpointMismatchError(
-                f"the checkpoint is of {document['spec']['optimizer']}, the job of {self.plan.optimizer.name}"
-            )
-        mine = [self.group_names(index) for index in range(len(self.groups))]
-        if document["group_parameters"] != mine:
-            theirs = [name for group in document["group_parameters"] for name in group]
-            ours = [name for group in mine for name in group]
-            odd = sorted(set(theirs) ^ set(ours))[:4] or ["their order or grouping"]
-            raise errors.CheckpointMismatchError(
-                f"the checkpoint has {len(theirs)} parameters in {len(document['group_parameters'])} groups, the job "
-                f"{len(ours)} in {len(mine)}; they differ in {', '.join(odd)}"
-            )
-        groups = [
-            specs.edited(self.plan.optimizer, {**self.plan.optimizer.defaults, **_tuples(group)}, {})
-            for group in document["groups"]
-        ]
-        schedule = None if document["schedule"] is None else ScheduleState.from_document(document["schedule"])
-        if len(groups) != len(mine) or (schedule is not None and len(schedule.base_lrs) != len(groups)):
-            raise errors.CheckpointMismatchError(f"the checkpoint has {len(groups)} groups; the job has {len(mine)}")
-        return groups, schedule
+    def checked_document(self, raw: Mapping[str, Any]) -> Document:
+        """CheckpointMismatchError unless a checkpoint's document is of this job's optimizer and parameters."""
+        document = Document.parse(raw, self.plan.optimizer)
+        document.check_fits([self.group_names(index) for index in range(len(self.groups))])
+        return document
 
     def to_document(self, steps: Mapping[str, int]) -> dict[str, Any]:
         """All but the tensors, JSON-able. `steps` are those that belong to the exported tensors."""
@@ -254,38 +234,35 @@ class Job:
     def from_document(
         cls,
         job_id: str,
-        name: str,
-        document: Mapping[str, Any],
-        tensors: StoreState,
+        name: str | None,
+        raw: Mapping[str, Any],
+        parameters: Mapping[str, npt.NDArray[Any]],
+        state: Mapping[str, npt.NDArray[Any]],
         backend: Backend,
         lineage_id: str,
-        *,
-        same_job: bool,
     ) -> Job:
-        """A job as a checkpoint left it. `same_job`: after a restart, with its members, results and history.
+        """A job as a checkpoint left it: a new one of that name, or (None) the same one with its members, results and history.
 
         CheckpointMismatchError if document and tensors do not fit together.
         """
+        document = Document.parse(raw)
+        if name is not None:
+            document.spec.name = name
         try:
-            spec = json_format.ParseDict(document["spec"], jobs_pb2.JobSpec())
-            spec.name = name
-            plan = specs.plan(spec)
+            plan = specs.plan(document.spec)
             job = cls(job_id, plan, backend, lineage_id)
-            for group, names in enumerate(document["group_parameters"][len(plan.groups) :], len(plan.groups)):
-                job.store.add_group([(entry, tensors.values[entry].shape, tensors.values[entry].dtype) for entry in names])
-                job.groups.append(document["groups"][group])
-            job.groups, job.schedule = job.checked_document(document)
-            job.metrics = document["metrics"]
+            for names in document.group_parameters[len(plan.groups) :]:
+                job.store.add_group([(entry, parameters[entry].shape, parameters[entry].dtype) for entry in names])
+            job.groups, job.schedule, job.metrics = document.groups, document.schedule, document.metrics
+            document.check_fits([job.group_names(index) for index in range(len(job.groups))])
             job.store.seal()
-            job.store.load(tensors, with_values=True)
-            version, step = int(document["position"]["version"]), int(document["position"]["step"])
-            if same_job:
-                job.sessions = Sessions.from_document(document["sessions"])
-                job.schedule_steps = int(document["schedule_steps"])
-                job.history = History.from_document(document["history"], lineage_id, version)
-        except (KeyError, TypeError, AttributeError, json_format.ParseError, errors.InputError) as error:
-            raise errors.CheckpointMismatchError(f"the checkpoint's contents do not fit together: {error!r}") from error
-        job.position = Position(lineage_id, version, step)
+            job.store.load(StoreState(dict(parameters), dict(state), document.steps), with_values=True)
+        except (KeyError, errors.InputError) as error:
+            raise errors.CheckpointMismatchError(f"the checkpoint's contents do not fit together: {error}") from error
+        if name is None:
+            job.sessions, job.schedule_steps, job.history = document.sessions, document.schedule_steps, document.history
+            job.history.branch(lineage_id, document.version)
+        job.position = Position(lineage_id, document.version, document.step)
         job.initialized = True
         return job
 
@@ -294,7 +271,3 @@ def _number(value: Value) -> float:
     if isinstance(value, int | float):
         return float(value)
     raise errors.InvalidHyperparameterError(f"lr is {value!r}; it must be a number")
-
-
-def _tuples(group: Mapping[str, Any]) -> dict[str, Value]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}

@@ -91,7 +91,7 @@ def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[
 def edited(optimizer: Optimizer, group: Mapping[str, Value], changes: Mapping[str, Value]) -> dict[str, Value]:
     """A group after an edit. An lr that is not edited was given by a schedule, which as torch's may leave any finite number."""
     lr = group["lr"]
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr):
+    if "lr" not in changes and (isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr)):
         raise errors.InvalidHyperparameterError(f"lr is {lr!r}; it must be a finite number")
     merged = hyperparameters(optimizer, group, {"lr": optimizer.defaults["lr"]}, changes)
     return merged if "lr" in changes else {**merged, "lr": lr}
