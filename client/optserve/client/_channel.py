@@ -46,20 +46,30 @@ def _serialize(item: Outgoing) -> bytes:
     return encode(item.array_id, item.offset, *item.pieces) if isinstance(item, Pieces) else serialize(item)
 
 
-def translate(error: grpc.RpcError, address: str, waited_seconds: float) -> errors.OptserveError:
-    """The error of the tree that an RPC's failure stands for. The server's own carry a google.rpc.ErrorInfo."""
+def _own(error: grpc.RpcError) -> errors.OptserveError | None:
+    """What an optserve server said; None if the status is somebody else's."""
     try:
         status = rpc_status.from_call(error)
     except ValueError:  # the details contradict the status: not written by optserve
-        status = None
+        return None
+    if status is None:
+        return None
     info = error_details_pb2.ErrorInfo()
-    for detail in status.details if status else ():
+    for detail in status.details:
         if detail.Unpack(info) and info.domain == reasons.DOMAIN:
             try:
                 reason = pb.ErrorReason.Value(f"ERROR_REASON_{info.reason}")
             except ValueError:
                 return errors.InternalError(f"{status.message} (reason {info.reason} is not known to this client)")
             return reasons.from_detail(cast(pb.ErrorReason, reason), status.message, info.metadata)
+    return None
+
+
+def translate(error: grpc.RpcError, address: str, waited_seconds: float) -> errors.OptserveError:
+    """The error of the tree that an RPC's failure stands for. The server's own carry a google.rpc.ErrorInfo."""
+    own = _own(error)
+    if own is not None:
+        return own
     code, details = error.code(), error.details()
     where = f"the server at {address}"
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
@@ -92,7 +102,22 @@ class GrpcTransport:
     def upload(self, path: str, items: Callable[[], Iterator[Outgoing]], timeout_seconds: float) -> Message:
         method = METHODS[path]
         call = self._open().stream_unary(path, _serialize, method.response.FromString)
-        return self._translated(lambda: call(items(), timeout=timeout_seconds))
+        failures: list[Exception] = []
+
+        def watched() -> Iterator[Outgoing]:
+            """gRPC would hide what goes wrong while the items are made."""
+            try:
+                yield from items()
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        try:
+            return self._translated(lambda: call(watched(), timeout=timeout_seconds))
+        except errors.OptserveError:
+            if failures:
+                raise failures[0] from None
+            raise
 
     def download(self, path: str, request: Message, timeout_seconds: float) -> Iterator[Item]:
         method = METHODS[path]

@@ -103,7 +103,6 @@ class WorkerSession:
                 self._rewind(int(error.metadata.get("schedule_steps", self.schedule_steps)))
                 if error.metadata.get("lineage_id") not in self._restored:
                     raise
-                self._restored.discard(error.metadata["lineage_id"])
             except FencedError as error:
                 self._end(str(error))
                 raise

@@ -53,11 +53,7 @@ class OptserveError(Exception):
 
     def __init__(self, message: str, /, **metadata: object) -> None:
         super().__init__(message)
-        self.message = message
         self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items()}
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class InputError(OptserveError, ValueError):

@@ -62,7 +62,7 @@ def attach(server: Server, name: str, plan: Plan) -> Job:
     job = server.create_job(name, groups, optimizer="adam", lr=HIDDEN_RATE, workers=plan.workers, exist_ok=True)
     job.wait_for_version(1, timeout_seconds=_INITIAL_SECONDS)  # whoever made it has uploaded the initial values
     if job.lr_schedule is None:
-        # Two workers may both come here: no step is made before all have joined, so the second setting repeats the first.
+        # Two workers may both come here: a new job waits for all of them, so the second setting only repeats the first.
         job.set_lr_schedule("StepLR", step_size=max(1, plan.epochs // 3), gamma=GAMMA)
     return job
 

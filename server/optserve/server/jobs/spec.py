@@ -81,6 +81,9 @@ def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[
                     f"{optimizer.name} has no hyperparameter {name!r}{errors.nearest(name, known)}", name=name
                 )
             merged[name] = value
+    initial = merged.get("initial_lr", 0.0)
+    if isinstance(initial, bool) or not isinstance(initial, int | float) or not 0.0 <= initial < math.inf:
+        raise errors.InvalidHyperparameterError(f"initial_lr is {initial!r}; it must be a finite number of at least 0")
     try:
         optimizer.check(merged)
     except (ValueError, TypeError, RuntimeError) as error:

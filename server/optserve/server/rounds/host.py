@@ -92,11 +92,12 @@ class JobHost:
         self._holds[session_id] = self.job.store.hold()
         return self._holds[session_id]
 
-    def release(self, session_id: str) -> None:
-        """Ends a member's hold, if it has one."""
-        hold = self._holds.pop(session_id, None)
-        if hold is not None:
-            hold.release()
+    def release(self, session_id: str, only: Hold | None = None) -> None:
+        """Ends a member's hold, if it has one: whichever, or only this one."""
+        with self.changed:
+            hold = self._holds.get(session_id)
+            if hold is not None and only in (None, hold):
+                self._holds.pop(session_id).release()
 
     def check_open(self) -> None:
         """Raises what ended the job: it was deleted, or the server stops."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -169,8 +169,7 @@ class _WorkerStream:
 
     def _requests(self, found: Iterator[data_pb2.StreamRequest | Chunk]) -> Iterator[data_pb2.StreamRequest | Chunk]:
         while True:
-            with suppress(errors.ServerStoppingError):  # said when the next request comes, unless the stream is cut before
-                self._streams.mark(self._context, idle=True)
+            self._streams.mark(self._context, idle=True)
             item = next(found, None)
             if item is None:
                 return
@@ -214,7 +213,7 @@ class _WorkerStream:
             if self._hold is not None and self._hold.released:
                 raise errors.RoundTimeoutError("this worker was silent for so long that the round went on; pull again")
         finally:
-            host.release(self._opening.session_id)
+            host.release(self._opening.session_id, self._hold)
         yield data_pb2.StreamResponse(end=types_pb2.StreamEnd())
 
 

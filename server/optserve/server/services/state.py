@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from optserve.server.records import StateLoaded
@@ -63,7 +64,7 @@ class StateService(state_pb2_grpc.StateServiceServicer):
 
 
 def _step(name: str, value: float) -> int:
-    if value < 0 or value != int(value):
+    if not math.isfinite(value) or value < 0 or value != int(value):
         raise errors.InvalidStateDictError(f"the step of {name!r} is {value}; it must be a whole number of at least 0")
     return int(value)
 

@@ -1,0 +1,55 @@
+"""KEY=VALUE on the command line."""
+
+from __future__ import annotations
+
+import math
+
+import click
+import pytest
+
+from optserve.cli.assignments import Assignment, collect
+from optserve.wire.values import Value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("3", 3),
+        ("-0.5", -0.5),
+        ("true", True),
+        ("False", False),
+        ("None", None),
+        ("0.9,0.99", (0.9, 0.99)),
+        ("(0.9, 0.99)", (0.9, 0.99)),
+        ("[10,20]", (10, 20)),
+        ("10,", (10,)),
+        ("cos", "cos"),
+        ("'3'", "3"),
+        ("", ""),
+        ("a=b", "a=b"),
+        ("inf", math.inf),
+    ],
+)
+def test_a_value_is_what_it_looks_like(text: str, value: Value) -> None:
+    key, found = Assignment().convert(f"x={text}", None, None)
+    assert key == "x"
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_nan_is_a_number() -> None:
+    _, value = Assignment().convert("lr=nan", None, None)
+    assert isinstance(value, float)
+    assert math.isnan(value)
+
+
+@pytest.mark.parametrize("text", ["lr", "=1", "a-b=1", ""])
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="KEY=VALUE"):
+        Assignment().convert(text, None, None)
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    with pytest.raises(click.UsageError, match="lr is given twice"):
+        collect((("lr", 1.0), ("lr", 2.0)))

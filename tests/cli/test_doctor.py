@@ -1,0 +1,67 @@
+"""`optserve doctor`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from optserve.cli import doctor, exits, main
+from optserve.cli.doctor import Finding
+
+KEYS = {*doctor.LOOKS}
+
+
+def test_a_machine_that_passes_these_tests_is_ready() -> None:
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == exits.OK
+    assert result.stdout.endswith("ready: a server can run here\n")
+
+
+def test_json_has_every_finding() -> None:
+    found = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+    assert found["ready"] is True
+    assert set(found["findings"]) == KEYS
+    assert all(set(finding) == {"state", "value", "note"} for finding in found["findings"].values())
+
+
+def test_without_numba_numpy_is_chosen_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NumpyOnly:
+        name = "numpy"
+
+    monkeypatch.setattr("optserve.server.backends.select", lambda _name: NumpyOnly())
+    monkeypatch.setattr("optserve.cli.doctor.missing", lambda modules: [name for name in modules if name == "numba"])
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == exits.OK
+    assert "NUMBA IS MISSING" in result.stdout
+    assert 'pip install "optserve[server]"' in result.stdout
+
+
+def test_a_numba_that_does_not_work_is_bad_and_its_last_words_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr("optserve.cli.doctor._NUMBA_PROBE", "raise ImportError('libllvm is of another world')")
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    assert result.exit_code == exits.FAILED
+    finding = json.loads(result.stdout)["findings"]["numba"]
+    assert (finding["state"], finding["note"]) == ("bad", "ImportError: libllvm is of another world")
+
+
+def test_a_look_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Finding:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setitem(doctor.LOOKS, "memory", broken)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == exits.FAILED
+    assert "the disk is on fire" in result.stdout
+
+
+def test_a_server_that_does_not_answer_is_bad_and_one_that_does_is_described(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optserve.cli.options.CONNECT_SECONDS", 0.3)
+    assert CliRunner().invoke(main, ["doctor", "--server", "127.0.0.1:1"]).exit_code == exits.FAILED
+    found = json.loads(CliRunner().invoke(main, ["doctor", "--json", "--server", address]).stdout)["findings"]["server"]
+    assert (found["state"], found["value"]) == ("ok", "reachable")
+    assert "backend numpy" in found["note"]

@@ -1,0 +1,232 @@
+"""job, group, schedule, checkpoint, health against a real server."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from optserve.cli import exits
+from optserve.client import Job, connect
+
+Command = Callable[..., Result]
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == exits.OK, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def as_json(result: Result) -> Any:
+    return json.loads(ok(result))
+
+
+def test_health_says_serving(optserve: Command) -> None:
+    assert ok(optserve("health")) == "SERVING\n"
+    assert as_json(optserve("health", "--json"))["status"] == "SERVING"
+
+
+def test_an_empty_list_says_so(optserve: Command) -> None:
+    assert ok(optserve("job", "list")) == "no jobs\n"
+    assert as_json(optserve("job", "list", "--json")) == []
+
+
+@pytest.mark.usefixtures("job")
+def test_list_is_a_table_for_a_person_and_has_stable_keys_for_a_program(optserve: Command) -> None:
+    header, row = ok(optserve("job", "list")).splitlines()
+    assert header.split() == ["JOB", "OPTIMIZER", "STEP", "WORKERS", "LR", "STATE", "METRICS"]
+    assert row.split()[:4] == ["j", "Adam", "1", "0/1"]
+    (found,) = as_json(optserve("job", "list", "--json"))
+    assert set(found) == {
+        *("name", "job_id", "optimizer", "consistency", "workers", "initialized", "version", "step", "durable_version"),
+        *("lineage_id", "backend", "state_bytes", "metrics", "groups", "members", "parameters"),
+    }
+    assert (found["name"], found["step"], found["metrics"]) == ("j", 1, {"loss": 2.5})
+
+
+def test_show_by_name_and_by_id(optserve: Command, job: Job) -> None:
+    found = as_json(optserve("job", "show", job.job_id, "--json"))
+    assert found["parameters"] == [
+        {"name": "w", "shape": [3, 4], "dtype": "float32"},
+        {"name": "b", "shape": [4], "dtype": "float32"},
+    ]
+    assert [group["lr"] for group in found["groups"]] == [0.25, 0.5]
+    text = ok(optserve("job", "show", "j"))
+    assert "step 1" in text
+    assert "rank0" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("job", "show", "nobody"), ("job", "events", "nobody"), ("group", "list", "nobody"), ("checkpoint", "list", "nobody")],
+    ids=" ".join,
+)
+def test_an_unknown_job_is_exit_code_4(optserve: Command, arguments: tuple[str, ...]) -> None:
+    result = optserve(*arguments)
+    assert result.exit_code == exits.NOT_FOUND
+    assert "nobody" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_pull_writes_an_npz_that_numpy_reads(optserve: Command, job: Job, tmp_path: Path) -> None:
+    assert "2 parameters" in ok(optserve("job", "pull", "j", "--out", "weights.npz"))
+    expected = job.pull()
+    with np.load(tmp_path / "weights.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"w", "b"}
+        assert all(np.array_equal(file[name], expected[name]) for name in expected)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["weights.npz"]
+
+
+def test_pull_of_awkward_names_and_bfloat16(optserve: Command, address: str, tmp_path: Path) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    values = {"file": np.arange(3, dtype=ml_dtypes.bfloat16), "a/b": np.ones(2, np.float16)}
+    with connect(address) as server:
+        job = server.create_job("odd", values, optimizer="sgd", lr=0.1)
+        try:
+            ok(optserve("job", "pull", "odd", "--out", "odd.npz"))
+        finally:
+            job.delete()
+    with np.load(tmp_path / "odd.npz", allow_pickle=False) as file:
+        assert file["file"].dtype == np.float32
+        assert file["file"].tolist() == [0, 1, 2]
+        assert file["a/b"].dtype == np.float16
+
+
+def test_export_leaves_files_that_make_the_job_again_and_no_checkpoint(
+    optserve: Command, job: Job, address: str, tmp_path: Path
+) -> None:
+    names = {entry["name"] for entry in as_json(optserve("job", "export", "j", "out", "--json"))["files"]}
+    assert "parameters.safetensors" in names
+    assert job.checkpoints() == []
+    with connect(address) as server:
+        again = server.create_job("again", from_checkpoint=tmp_path / "out")
+        try:
+            assert all(np.array_equal(again.pull()[name], array) for name, array in job.pull().items())
+        finally:
+            again.delete()
+
+
+def test_events_tell_of_the_step(optserve: Command, job: Job) -> None:
+    job.update_group(0, lr=0.125)
+    events = [json.loads(line) for line in ok(optserve("job", "events", "j", "--json")).splitlines()]
+    kinds = [event["kind"] for event in events]
+    assert "joined" in kinds
+    assert "round" in kinds
+    assert kinds[-1] == "group"
+    assert [event["index"] for event in events] == sorted(event["index"] for event in events)
+    assert "lr=0.125" in ok(optserve("job", "events", "j")).splitlines()[-1]
+
+
+def test_events_are_followed_until_ctrl_c(address: str, job: Job) -> None:
+    command = [sys.executable, "-m", "optserve.cli", "job", "events", "j", "--follow", "--json", "--server", address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        while json.loads(process.stdout.readline())["kind"] != "left":
+            pass
+        job.update_group(0, lr=0.125)
+        assert json.loads(process.stdout.readline())["message"] == "group 0: lr=0.125"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1].strip() == "error: interrupted"
+    assert process.returncode == exits.INTERRUPTED
+
+
+def test_delete_asks_or_wants_yes(optserve: Command, job: Job) -> None:
+    refused = optserve("job", "delete", "j")
+    assert refused.exit_code == exits.USAGE
+    assert "--yes" in refused.stderr
+    assert job.info().position.step == 1
+    ok(optserve("job", "delete", "j", "--yes"))
+    assert optserve("job", "show", "j").exit_code == exits.NOT_FOUND
+
+
+def test_group_list_and_set(optserve: Command, job: Job) -> None:
+    assert "lr=0.0001 betas=0.9,0.99 eps=1e-08 amsgrad=yes" in ok(
+        optserve("group", "set", "j", 1, "lr=1e-4", "betas=0.9,0.99", "amsgrad=true")
+    )
+    groups = as_json(optserve("group", "list", "j", "--json"))
+    assert (groups[1]["group"], groups[1]["lr"], groups[1]["betas"], groups[1]["params"]) == (1, 1e-4, [0.9, 0.99], ["b"])
+    assert groups[0]["lr"] == 0.25
+    assert len(ok(optserve("group", "list", "j")).splitlines()) == 3
+    assert [group["lr"] for group in job.param_groups] == [0.25, 1e-4]
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize("change", ["lr=-1", "lr=nan", "betas=0.9,1.0", "momentums=0.9"])
+def test_a_bad_hyperparameter_is_exit_code_2_and_changes_nothing(optserve: Command, change: str) -> None:
+    before = as_json(optserve("group", "list", "j", "--json"))
+    assert optserve("group", "set", "j", 0, change).exit_code == exits.USAGE
+    assert as_json(optserve("group", "list", "j", "--json")) == before
+
+
+def test_group_add(optserve: Command, job: Job, tmp_path: Path) -> None:
+    np.savez(tmp_path / "head.npz", head=np.full((2, 2), 3, np.float32))
+    added = as_json(optserve("group", "add", "j", "head.npz", "lr=0.01", "--json"))
+    assert (added["group"], added["params"], added["lr"]) == (2, ["head"], 0.01)
+    assert np.array_equal(job.pull(["head"])["head"], np.full((2, 2), 3, np.float32))
+    (tmp_path / "bad.npz").write_bytes(b"no zip")
+    assert optserve("group", "add", "j", "bad.npz").exit_code == exits.USAGE
+
+
+def test_a_schedule_is_set_stepped_shown_and_removed(optserve: Command, job: Job) -> None:
+    assert ok(optserve("schedule", "show", "j")) == "no schedule\n"
+    assert as_json(optserve("schedule", "show", "j", "--json"))["name"] is None
+    found = as_json(optserve("schedule", "set", "j", "StepLR", "step_size=1", "gamma=0.5", "--json"))
+    assert (found["name"], found["last_epoch"], found["learning_rates"]) == ("StepLR", 0, [0.25, 0.5])
+    assert "0.125, 0.25" in ok(optserve("schedule", "step", "j"))
+    assert "StepLR(step_size=1, gamma=0.5)" in ok(optserve("schedule", "show", "j"))
+    assert ok(optserve("schedule", "remove", "j")) == "no schedule\n"
+    assert job.lr_schedule is None
+    unknown = optserve("schedule", "set", "j", "StepLr2")
+    assert unknown.exit_code == exits.USAGE
+    assert "StepLR" in unknown.stderr
+
+
+def test_checkpoints_from_save_to_delete(optserve: Command, job: Job, tmp_path: Path) -> None:
+    before = job.pull()
+    saved = as_json(optserve("checkpoint", "save", "j", "c1", "--json"))
+    assert (saved["name"], saved["step"]) == ("c1", 1)
+    job.update_group(0, lr=0.125)
+    assert [entry["name"] for entry in as_json(optserve("checkpoint", "list", "j", "--json"))] == ["c1"]
+    assert "c1" in ok(optserve("checkpoint", "list", "j"))
+    assert "whole 'c1'" in ok(optserve("checkpoint", "verify", "j", "c1"))
+    assert optserve("checkpoint", "save", "j", "c1").exit_code == exits.EXISTS
+    ok(optserve("checkpoint", "download", "j", "c1"))
+    assert (tmp_path / "c1" / "parameters.safetensors").exists()
+    assert "step 1" in ok(optserve("checkpoint", "restore", "j", "c1"))
+    assert job.info().groups[0]["lr"] == 0.25
+    assert all(np.array_equal(before[name], array) for name, array in job.pull().items())
+    ok(optserve("checkpoint", "delete", "j", "c1"))
+    assert ok(optserve("checkpoint", "list", "j")) == "no checkpoints\n"
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize("command", ["verify", "restore", "download", "delete"])
+def test_a_checkpoint_that_is_not_there_is_exit_code_4(optserve: Command, command: str) -> None:
+    assert optserve("checkpoint", command, "j", "nothing").exit_code == exits.NOT_FOUND
+
+
+@pytest.mark.usefixtures("job")
+def test_a_checkpoint_name_that_is_a_path_is_exit_code_2(optserve: Command) -> None:
+    assert optserve("checkpoint", "save", "j", "../up").exit_code == exits.USAGE
+
+
+def test_a_corrupt_checkpoint_is_exit_code_5(optserve: Command, job: Job, data_dir: Path) -> None:
+    job.save_checkpoint("c1")
+    (file,) = data_dir.rglob("c1/parameters.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for command in ("verify", "restore"):
+        result = optserve("checkpoint", command, "j", "c1")
+        assert result.exit_code == exits.CORRUPT
+        assert result.stderr.count("\n") == 1

@@ -1,0 +1,115 @@
+"""What holds for every command: help with an example, one line for an error, exit codes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from optserve.cli import exits, main
+from optserve.wire import errors
+
+
+def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from _commands(child, (*path, name))
+
+
+COMMANDS = list(_commands(main))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_the_help_shows_an_example_that_names_the_command(path: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, [*path, "--help"], prog_name="optserve")
+    assert result.exit_code == exits.OK
+    _, _, examples = result.stdout.partition("Example")
+    assert "optserve " + " ".join(path) in examples
+
+
+def test_all_commands_are_there() -> None:
+    expected = ["serve", "demo", "doctor", "health", "job", "group", "schedule", "checkpoint"]
+    expected += [f"job {name}" for name in ["list", "show", "pull", "export", "delete", "events"]]
+    expected += [f"group {name}" for name in ["list", "set", "add"]]
+    expected += [f"schedule {name}" for name in ["show", "set", "step", "remove"]]
+    expected += [f"checkpoint {name}" for name in ["save", "list", "verify", "restore", "download", "delete"]]
+    assert {" ".join(path) for path in COMMANDS if path} == set(expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["job", "show"],
+        ["group", "set", "j", "0", "lr"],
+        ["group", "set", "j", "0", "lr=1", "lr=2"],
+        ["serve", "--backend", "x"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == exits.USAGE
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_server_that_is_not_there_is_named_with_the_time_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optserve.cli.options.CONNECT_SECONDS", 0.3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        for arguments in (["health"], ["job", "list", "--json"]):
+            result = CliRunner().invoke(main, [*arguments, "--server", address])
+            assert result.exit_code == exits.UNREACHABLE
+            assert result.stdout == ""
+            assert result.stderr.startswith("error: ")
+            assert result.stderr.count("\n") == 1
+            assert address in result.stderr
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(server: str) -> None:
+        raise {
+            "typed": errors.CheckpointCorruptError("torn\nin two"),
+            "bug": KeyError("x"),
+            "file": PermissionError(13, "no", "f"),
+        }[server]
+
+    monkeypatch.setattr("optserve.cli.health.connected", fail)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "text"),
+    [
+        ("typed", exits.CORRUPT, "error: torn in two\n"),
+        ("bug", exits.FAILED, "error: KeyError: 'x' (`optserve --debug ...` shows where)\n"),
+        ("file", exits.FAILED, "error: [Errno 13] no: 'f'\n"),
+    ],
+)
+@pytest.mark.usefixtures("broken")
+def test_an_error_is_one_line_and_debug_shows_where(kind: str, code: int, text: str) -> None:
+    result = CliRunner().invoke(main, ["health", "--server", kind])
+    assert (result.exit_code, result.stderr) == (code, text)
+    assert isinstance(CliRunner().invoke(main, ["--debug", "health", "--server", kind]).exception, Exception)
+
+
+def test_help_and_usage_errors_load_neither_grpc_nor_numpy_nor_rich() -> None:
+    code = """
+import sys
+from optserve.cli import main
+main(["--help"], standalone_mode=False)
+heavy = {"grpc", "numpy", "rich", "numba", "sklearn", "matplotlib"} & set(sys.modules)
+sys.exit(f"loaded: {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False)
+    assert done.returncode == 0, done.stderr

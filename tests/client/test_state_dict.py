@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from optserve.client import Server, _state_dict
+from optserve.wire import errors
+from optserve.wire.layout import Layout
+
+LAYOUT = Layout().extended(0, [("w", (3, 2), np.dtype(np.float32)), ("b", (2,), np.dtype(np.float32))])
+NAMES = [["w", "b"]]
+
+
+def torch_run(
+    optimizer: type[torch.optim.Optimizer], dtype: torch.dtype, **arguments: Any
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 3).to(dtype)
+    made = optimizer(model.parameters(), **arguments)
+    for _ in range(3):
+        made.zero_grad()
+        model(torch.ones(1, 2, dtype=dtype)).square().sum().backward()
+        made.step()
+    return model, made
+
+
+CASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.Adam, {"lr": 0.1, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 0.1, "betas": (0.8, 0.99)}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    (torch.optim.SGD, {"lr": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "arguments"), CASES)
+def test_torchs_state_dict_goes_in_and_comes_out_again(
+    server: Server, optimizer: type[torch.optim.Optimizer], arguments: dict[str, Any]
+) -> None:
+    model, made = torch_run(optimizer, torch.float32, **arguments)
+    params = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    job = server.create_job(None, params, optimizer=optimizer.__name__, lr=1.0)
+    wanted = made.state_dict()
+    job.load_state_dict(wanted)
+    got = job.state_dict()
+    assert {key: set(entry) for key, entry in got["state"].items()} == {
+        key: set(entry) for key, entry in wanted["state"].items()
+    }
+    for key, entry in wanted["state"].items():
+        for slot, tensor in entry.items():
+            np.testing.assert_array_equal(got["state"][key][slot], tensor.numpy())
+            assert got["state"][key][slot].dtype == np.float32
+    (group,) = got["param_groups"]
+    assert group.pop("param_names") == ["weight", "bias"]
+    assert group == wanted["param_groups"][0]
+    assert [key for key in group if key != "params"] == [key for key in wanted["param_groups"][0] if key != "params"]
+
+
+@pytest.mark.parametrize(("optimizer", "arguments"), CASES)
+def test_our_state_dict_continues_in_torch(
+    embedded: Server, optimizer: type[torch.optim.Optimizer], arguments: dict[str, Any]
+) -> None:
+    model, made = torch_run(optimizer, torch.float32, **arguments)
+    params = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    job = embedded.create_job(None, params, optimizer=optimizer.__name__, lr=1.0)
+    job.load_state_dict(made.state_dict())
+    ours = job.state_dict()
+    as_tensors = {
+        key: {slot: torch.from_numpy(array.copy()) for slot, array in entry.items()} for key, entry in ours["state"].items()
+    }
+    again = optimizer(model.parameters(), **arguments)
+    again.load_state_dict({"state": as_tensors, "param_groups": ours["param_groups"]})
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    made.step()
+    after = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    again.step()
+    assert all(torch.equal(parameter, value) for parameter, value in zip(model.parameters(), after, strict=True))
+
+
+def test_the_state_of_16_bit_parameters_is_float32(embedded: Server) -> None:
+    import ml_dtypes
+
+    model, made = torch_run(torch.optim.Adam, torch.bfloat16, lr=0.1)
+    params = {
+        name: parameter.detach().float().numpy().astype(ml_dtypes.bfloat16) for name, parameter in model.named_parameters()
+    }
+    job = embedded.create_job(None, params, optimizer="adam", lr=0.1)
+    wanted = made.state_dict()
+    job.load_state_dict(wanted)
+    got = job.state_dict()["state"][0]
+    assert set(got) == {"step", "exp_avg", "exp_avg_sq"}
+    assert got["exp_avg"].dtype == np.float32
+    np.testing.assert_array_equal(got["exp_avg"], wanted["state"][0]["exp_avg"].float().numpy())
+
+
+def test_older_torchs_empty_momentum_is_no_state() -> None:
+    saved = {"state": {0: {"momentum_buffer": None}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+    loading = _state_dict.parse(saved, NAMES, LAYOUT)
+    assert (loading.steps, loading.tensors) == ({}, [])
+
+
+def entry(**slots: Any) -> dict[str, Any]:
+    return {"state": {0: {"step": 1.0, **slots}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"state": {}}, "lacks 'param_groups'"),
+        ({"state": {}, "param_groups": [{"lr": 0.1}]}, "lacks 'params'"),
+        ({"state": {}, "param_groups": []}, "different number of parameter groups: 0; the job has 1"),
+        ({"state": {}, "param_groups": [{"params": [0]}]}, "group 0 has 1 parameters; the job's has 2"),
+        ({"state": {7: {}}, "param_groups": [{"params": [0, 1]}]}, "parameter 7 is in no param group"),
+        (entry(exp_avg=np.zeros(3)), r"exp_avg of parameter 'w' has shape \(3,\); it must have \(3, 2\)"),
+        (entry(exp_avg="text"), "exp_avg of parameter 'w' has dtype"),
+        (entry(step="often"), "the step of parameter 'w' is 'often'"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused(saved: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.InvalidStateDictError, match=message):
+        _state_dict.parse(saved, NAMES, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    "change", [{"momentum_buffer": np.zeros((2, 2), np.float32)}, {}], ids=["slot of another optimizer", "step missing"]
+)
+def test_state_of_another_optimizer_changes_nothing(server: Server, change: dict[str, Any]) -> None:
+    job = server.create_job(None, {"w": np.ones((2, 2), np.float32)}, optimizer="adam", lr=0.1)
+    before = job.position()
+    slots = {slot: np.zeros((2, 2), np.float32) for slot in ("exp_avg", "exp_avg_sq")}
+    state = {**slots, "step": np.float32(1), **change}
+    if not change:
+        del state["step"]
+    saved = {"state": {0: state}, "param_groups": job.state_dict()["param_groups"]}
+    with pytest.raises(errors.InvalidStateDictError):
+        job.load_state_dict(saved)
+    assert job.position() == before
+    job.update_group(0, lr=0.2)

@@ -1,0 +1,253 @@
+"""What a worker does when its stream breaks, against a server whose answers are written down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+
+from optserve.client._caller import Caller
+from optserve.client._connection import Connection
+from optserve.client._transport import Outgoing
+from optserve.client._worker import Worker
+from optserve.client._worker_session import WorkerSession
+from optserve.v1 import data_pb2, optimizer_pb2, workers_pb2
+from optserve.v1 import types_pb2 as pb
+from optserve.wire import errors, reasons
+from optserve.wire.layout import Layout
+from optserve.wire.methods import Item
+
+LAYOUT = Layout().extended(0, [("w", (3,), np.dtype(np.float32))])
+GRADIENTS = {"w": np.ones(3, np.float32)}
+Answer = data_pb2.StreamResponse
+
+AWAY = errors.ServerUnavailableError("gone")
+
+
+def position(version: int, lineage: str = "one") -> pb.Position:
+    return pb.Position(lineage_id=lineage, version=version, step=version)
+
+
+def opened(last_seq: int, version: int = 0) -> Answer:
+    return Answer(opened=data_pb2.StreamOpened(position=position(version), last_seq=last_seq))
+
+
+def pushed(seq: int) -> Answer:
+    return Answer(pushed=data_pb2.PushResult(seq=seq, position=position(seq)))
+
+
+def error(found: errors.OptserveError) -> Answer:
+    return Answer(error=reasons.to_detail(found))
+
+
+def goodbye(found: errors.OptserveError) -> Answer:
+    return Answer(goodbye=data_pb2.Goodbye(error=reasons.to_detail(found)))
+
+
+class Written:
+    """A transport and stream whose answers are written down; an exception among them is raised. Keeps what was sent."""
+
+    address = "nowhere"
+
+    def __init__(self, *streams: list[Item | BaseException], joins: int = 1, unary: Iterable[Message | Exception] = ()) -> None:
+        self.streams = list(streams)
+        self.joins = [
+            workers_pb2.JoinResponse(
+                name="rank0",
+                epoch=epoch,
+                workers=1,
+                layout=LAYOUT.to_proto(),
+                lease_seconds=3000,
+                schedule_steps=schedule_steps,
+            )
+            for epoch, schedule_steps in zip(range(1, joins + 1), (4, 3), strict=False)
+        ]
+        self.others = list(unary)
+        self.pushes: list[pb.CallIdentity] = []
+        self.opens: list[data_pb2.StreamOpen] = []
+        self.calls: list[Message] = []
+        self._answers: list[Item | BaseException] = []
+
+    def unary(self, path: str, request: Message, timeout_seconds: float) -> Message:
+        self.calls.append(request)
+        if path.endswith("/Join"):
+            return self.joins.pop(0)
+        if path.endswith("/Leave"):
+            return workers_pb2.LeaveResponse()
+        found = self.others.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def upload(self, path: str, items: Callable[[], Iterator[Outgoing]], timeout_seconds: float) -> Message:
+        raise NotImplementedError
+
+    def download(self, path: str, request: Message, timeout_seconds: float) -> Iterator[Item]:
+        raise NotImplementedError
+
+    def stream(self) -> Written:
+        self._answers = self.streams.pop(0)
+        return self
+
+    def send(self, items: Iterable[Outgoing]) -> None:
+        for item in items:
+            if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "push":
+                self.pushes.append(item.push.call)
+            if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "open":
+                self.opens.append(item.open)
+
+    def receive(self, timeout_seconds: float) -> Item:
+        found = self._answers.pop(0)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+def joined(transport: Written, restored: set[str] | None = None) -> Worker:
+    caller = Caller(Connection(transport, 10), "job-id", "job")
+    session = WorkerSession(caller, "", None, restored or set())
+    session.join(1)
+    return Worker(session)
+
+
+def seqs(transport: Written) -> list[int]:
+    return [call.seq for call in transport.pushes]
+
+
+def test_calls_are_numbered_one_by_one_from_where_the_session_stands() -> None:
+    transport = Written([opened(7), pushed(8), pushed(9)])
+    worker = joined(transport)
+    worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    assert seqs(transport) == [8, 9]
+    assert {(call.epoch, call.job_id) for call in transport.pushes} == {(1, "job-id")}
+    assert transport.pushes[1].seen == position(8)
+
+
+@pytest.mark.parametrize("last_seq", [0, 1], ids=["not applied", "applied, answer lost"])
+def test_a_push_whose_stream_broke_is_repeated_with_its_identity(last_seq: int) -> None:
+    transport = Written([opened(0), AWAY], [opened(last_seq), pushed(1), pushed(2)])
+    worker = joined(transport)
+    worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    assert seqs(transport) == [1, 1, 2]
+
+
+def test_a_server_that_stops_is_waited_for() -> None:
+    stopping = errors.ServerStoppingError("stopping")
+    transport = Written(
+        [opened(0), goodbye(stopping)], [goodbye(stopping)], [opened(0), error(stopping)], [opened(0), pushed(1)]
+    )
+    assert joined(transport).push(GRADIENTS).step == 1
+    assert seqs(transport) == [1, 1, 1]
+
+
+def test_a_void_round_is_sent_again_on_the_same_stream() -> None:
+    resend = Answer(resend=data_pb2.RoundResend(round=1))
+    transport = Written([opened(0), resend, resend, pushed(1)])
+    joined(transport).push(GRADIENTS)
+    assert seqs(transport) == [1, 1, 1]
+    assert len(transport.opens) == 1
+
+
+def test_a_waiting_round_is_logged_with_who_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    missing = [pb.Member(rank=2, name="w2"), pb.Member(rank=3)]
+    waiting = Answer(waiting=data_pb2.RoundWaiting(round=12, missing=missing, waited_seconds=30.1))
+    with caplog.at_level(logging.WARNING, "optserve.client"):
+        joined(Written([opened(0), waiting, pushed(1)])).push(GRADIENTS)
+    assert "round 12: waiting 30 s for rank 2 'w2', rank 3" in caplog.text
+
+
+def test_a_refused_push_leaves_the_stream_usable_and_its_number_free() -> None:
+    transport = Written([opened(0), error(errors.NonfiniteGradientError("NaN")), pushed(1)])
+    worker = joined(transport)
+    with pytest.raises(errors.NonfiniteGradientError):
+        worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    assert seqs(transport) == [1, 1]
+    assert len(transport.opens) == 1
+
+
+def test_after_an_interrupt_the_server_says_whether_the_call_was_applied() -> None:
+    transport = Written([opened(0), KeyboardInterrupt()], [opened(1), pushed(2)])
+    worker = joined(transport)
+    with pytest.raises(KeyboardInterrupt):
+        worker.push(GRADIENTS)
+    worker.push({"w": np.zeros(3, np.float32)})
+    assert seqs(transport) == [1, 2]
+
+
+def test_an_answer_that_makes_no_sense_is_a_typed_error_and_the_stream_is_given_up() -> None:
+    transport = Written([opened(0), opened(0)], [opened(0), pushed(1)])
+    worker = joined(transport)
+    with pytest.raises(errors.ProtocolViolationError, match="a push was answered with opened"):
+        worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    assert len(transport.opens) == 2
+
+
+@pytest.mark.parametrize("answer", [error, goodbye])
+def test_a_worker_that_the_server_forgot_joins_again(answer: Any) -> None:
+    transport = Written([opened(0), answer(errors.NotJoinedError("who?"))], [opened(0), pushed(1)], joins=2)
+    worker = joined(transport)
+    worker.push(GRADIENTS)
+    assert [call.epoch for call in transport.pushes] == [1, 2]
+    again = [call for call in transport.calls if isinstance(call, workers_pb2.JoinRequest)][1]
+    assert (again.name, again.rank) == ("rank0", 0)
+    assert worker._session.schedule_steps == 3
+
+
+def test_joining_again_is_tried_once_a_call() -> None:
+    forgot = errors.NotJoinedError("who?")
+    transport = Written([opened(0), goodbye(forgot)], [goodbye(forgot)], joins=2)
+    with pytest.raises(errors.NotJoinedError):
+        joined(transport).push(GRADIENTS)
+
+
+def test_a_fenced_worker_is_closed() -> None:
+    worker = joined(Written([opened(0), goodbye(errors.FencedError("replaced"))]))
+    with pytest.raises(errors.FencedError):
+        worker.push(GRADIENTS)
+    with pytest.raises(errors.ClosedError, match="replaced"):
+        worker.push(GRADIENTS)
+
+
+def rolled_back() -> errors.RolledBackError:
+    facts = {"from": 9, "to": 5, "lineage_id": "two", "version": 5, "schedule_steps": 2}
+    return errors.RolledBackError("back", **facts)
+
+
+def test_a_roll_back_is_raised_once_and_its_position_taken_over() -> None:
+    transport = Written([opened(8, 9), goodbye(rolled_back())], [opened(3, 5), pushed(4)])
+    worker = joined(transport)
+    with pytest.raises(errors.RolledBackError):
+        worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    assert seqs(transport) == [9, 4]
+    assert transport.opens[1].seen.lineage_id == "two"
+    assert worker._session.schedule_steps == 2
+
+
+def test_going_back_to_what_this_client_restored_is_no_error() -> None:
+    transport = Written([opened(8, 9), goodbye(rolled_back())], [opened(8, 5), pushed(9)])
+    joined(transport, {"two"}).push(GRADIENTS)
+    assert seqs(transport) == [9, 9]
+
+
+def test_a_counted_step_is_repeated_with_its_identity_and_count() -> None:
+    answer = optimizer_pb2.StepScheduleResponse(
+        position=position(3), schedule=optimizer_pb2.Schedule(name="StepLR", learning_rates=[0.1])
+    )
+    transport = Written([opened(0)], [opened(1)], unary=[AWAY, answer])
+    worker = joined(transport)
+    assert worker.step_schedule().learning_rates == (0.1,)
+    steps = [call for call in transport.calls if isinstance(call, optimizer_pb2.StepScheduleRequest)]
+    assert [(call.call.seq, call.count) for call in steps] == [(1, 5), (1, 5)]
+    assert worker._session.schedule_steps == 5

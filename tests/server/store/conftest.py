@@ -1,0 +1,49 @@
+"""Builds stores and gives them gradients by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optserve.server.backends import select
+from optserve.server.formulas import Optimizer
+from optserve.server.store import Store
+
+Arrays = Mapping[str, Any]
+
+
+@pytest.fixture
+def build() -> Callable[..., Store]:
+    """build(optimizer, backend, param groups as dicts of arrays, their hyperparameters, threads) -> Store"""
+
+    def make(
+        optimizer: Optimizer, backend: str, tensors: Sequence[Arrays], groups: Sequence[Arrays], threads: int | None = None
+    ) -> Store:
+        store = Store(optimizer, select(backend), threads)
+        for parameters in tensors:
+            store.add_group([(name, value.shape, value.dtype) for name, value in parameters.items()])
+            store.set_values(parameters)
+        store.seal()
+        store.prepare(groups)
+        return store
+
+    return make
+
+
+@pytest.fixture
+def step() -> Callable[..., None]:
+    """step(store, groups, gradients by name, scale): names that are None or not there are absent."""
+
+    def update(store: Store, groups: Sequence[Arrays], gradients: Arrays, scale: float = 1.0) -> None:
+        flats = store.accumulators()
+        absent = {place.index for place in store.layout.places if gradients.get(place.name) is None}
+        for place in store.layout.places:
+            if place.index not in absent:
+                part = flats[place.array_id][place.offset : place.offset + place.size]
+                store.backend.fold(part, np.ravel(gradients[place.name]), 1.0, True)
+        store.update(groups, flats, scale, frozenset(absent))
+
+    return update

@@ -1,0 +1,119 @@
+"""Where parameters lie in the flat arrays."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optserve.v1 import types_pb2 as pb
+from optserve.wire.chunks import CHUNK_BYTES
+from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, ProtocolViolationError, UnknownParameterError
+from optserve.wire.layout import ALIGNMENT, Layout
+
+F32, F16, BF16, F64 = (np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
+GROUPS = st.lists(st.lists(st.tuples(SHAPES, st.sampled_from([F32, F16, BF16, F64])), min_size=1, max_size=5), max_size=3)
+
+
+def build(groups: list[list[tuple[tuple[int, ...], np.dtype]]]) -> Layout:
+    layout = Layout()
+    for index, group in enumerate(groups):
+        layout = layout.extended(index, [(f"{index}.{at}", shape, dtype) for at, (shape, dtype) in enumerate(group)])
+    return layout
+
+
+@given(GROUPS)
+def test_parameters_are_aligned_apart_and_inside_the_array_of_their_group_and_dtype(groups: list) -> None:
+    layout = build(groups)
+    assert [place.index for place in layout.places] == list(range(len(layout.places)))
+    assert [array.array_id for array in layout.arrays] == list(range(len(layout.arrays)))
+    ends = dict.fromkeys(range(len(layout.arrays)), 0)
+    for place in layout.places:
+        array = layout.arrays[place.array_id]
+        assert (array.dtype, str(array.group)) == (place.dtype, place.name.partition(".")[0])
+        assert place.offset % ALIGNMENT == 0
+        assert place.offset >= ends[place.array_id]
+        ends[place.array_id] = place.offset + place.size
+    assert all(ends[array.array_id] <= array.length and array.length % ALIGNMENT == 0 for array in layout.arrays)
+
+
+@given(GROUPS)
+def test_layout_survives_the_wire(groups: list) -> None:
+    layout = build(groups)
+    assert Layout.from_proto(pb.Layout.FromString(layout.to_proto().SerializeToString())) == layout
+
+
+@given(GROUPS)
+def test_an_older_layout_is_a_valid_part_of_a_newer_one(groups: list) -> None:
+    older, newer = build(groups[:-1]), build(groups)
+    assert newer.places[: len(older.places)] == older.places
+    assert newer.arrays[: len(older.arrays)] == older.arrays
+    assert newer.version == len(groups)
+
+
+def test_every_placement_covers_its_whole_array_on_the_server_that_answers() -> None:
+    placements = build([[((3, 4), F32), ((5,), F16)]]).to_proto().placements
+    assert [(p.array_id, p.begin, p.end, p.endpoint) for p in placements] == [(0, 0, 32, ""), (1, 0, 32, "")]
+
+
+def test_layout_on_another_server_is_refused() -> None:
+    layout = build([[((3, 4), F32)]]).to_proto()
+    layout.placements[0].endpoint = "elsewhere:50051"
+    with pytest.raises(ProtocolViolationError, match="elsewhere:50051"):
+        Layout.from_proto(layout)
+
+
+def test_views_share_memory_with_the_arrays() -> None:
+    layout = build([[((3, 4), F32), ((), F32), ((1, 0, 2), F32)]])
+    flat = np.arange(layout.arrays[0].length, dtype=np.float32)
+    views = layout.views({0: flat})
+    assert {name: view.shape for name, view in views.items()} == {"0.0": (3, 4), "0.1": (), "0.2": (1, 0, 2)}
+    views["0.1"][...] = -1
+    assert flat[ALIGNMENT] == -1
+    assert list(layout.views({0: flat}, ["0.1"])) == ["0.1"]
+
+
+def test_unknown_parameter_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(UnknownParameterError, match=r"gradient 'w9' is not in the job; its parameters are '0\.0'"):
+        build([[((3,), F32)]]).place("w9", "gradient")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error"),
+    [
+        ([], InvalidArgumentError),
+        ([("", (1,), F32)], InvalidArgumentError),
+        ([("w", (-1,), F32)], InvalidArgumentError),
+        ([("w", (2**40, 2**40), F32)], InvalidArgumentError),
+        ([("w", (0, 2**40, 2**40), F32)], InvalidArgumentError),
+        ([("w", (1,) * 65, F32)], InvalidArgumentError),
+        ([("w", (1,), F32), ("w", (2,), F32)], DuplicateParameterError),
+        ([("0.0", (1,), F32)], DuplicateParameterError),
+    ],
+    ids=["no parameters", "no name", "negative", "huge", "huge and empty", "65-d", "twice", "twice in two groups"],
+)
+def test_group_that_cannot_be_laid_out_is_refused(parameters: list, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        build([[((3,), F32)]]).extended(1, parameters)
+
+
+@given(GROUPS, st.data())
+def test_blocks_of_are_the_grid_blocks_that_hold_any_element(groups: list, data: st.DataObject) -> None:
+    groups.append([((CHUNK_BYTES // 3,), F32), ((70_000, 5), F32), ((1,), F64)])
+    layout = build(groups)
+    chosen = data.draw(st.sets(st.sampled_from(range(len(layout.places)))))
+    expected: dict[int, set[int]] = {}
+    for place in (layout.places[index] for index in chosen):
+        begin = place.offset * place.dtype.itemsize
+        end = begin + math.prod(place.shape) * place.dtype.itemsize
+        touched = {
+            block for block in range(10) if begin < (block + 1) * CHUNK_BYTES and end > block * CHUNK_BYTES and end > begin
+        }
+        if touched:
+            expected.setdefault(place.array_id, set()).update(touched)
+    assert layout.blocks_of(chosen) == {array_id: sorted(blocks) for array_id, blocks in sorted(expected.items())}
