@@ -42,7 +42,7 @@ from optserve.client._channel import STREAM, GrpcTransport
 from optserve.client._transport import Outgoing, Stream
 from optserve.server import interceptors
 from optserve.server.app import allocator
-from optserve.server.app.app import _OPTIONS
+from optserve.server.app.app import OPTIONS
 from optserve.v1 import data_pb2, types_pb2
 from optserve.wire.chunks import CHUNK_BYTES, Chunk, array_chunks, parse
 
@@ -108,7 +108,7 @@ def stream_server(report: Connection, nbytes: int) -> None:
                     yield from array_chunks(0, place.data)
                 yield _ENDED
 
-    server = grpc.server(pool, options=_OPTIONS)
+    server = grpc.server(pool, options=OPTIONS)
     server.add_generic_rpc_handlers(interceptors.handlers({STREAM: stream}, lambda _: pool))
     serve(server, report)
 

@@ -38,7 +38,7 @@ logger = logging.getLogger("optserve.server")
 Handlers = Mapping[str, Callable[[Any, Any], Any]]
 
 _STOP_GRACE_SECONDS = 10.0
-_OPTIONS = (
+OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # two servers on one port must be an error
@@ -104,7 +104,7 @@ class App:
             "waiting": self._pool("waiting", 256),
             "control": self._pool("control", 8),
         }
-        self._server = grpc.server(pools["control"], options=_OPTIONS)
+        self._server = grpc.server(pools["control"], options=OPTIONS)
         self._server.add_generic_rpc_handlers(interceptors.handlers(self.handlers, lambda path: pools[_pool_of(path)]))
         self._health = health.HealthServicer(experimental_non_blocking=True, experimental_thread_pool=self._pool("health", 2))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -274,20 +274,25 @@ class NumbaBackend:
         return found
 
     def _finite_loop(self, dtype: np.dtype[Any]) -> Callable[..., Any]:
-        unsigned = _element(np.dtype(f"u{dtype.itemsize}"))
-        signature = types.boolean(_input(unsigned))
-        return self._cached(
-            ("finite", dtype), lambda: numba.njit(signature, nogil=True)(_finite(unsigned, _EXPONENTS[dtype.name]))
-        )
+        def compiled() -> Callable[..., bool]:
+            unsigned = _element(np.dtype(f"u{dtype.itemsize}"))
+            signature = types.boolean(_input(unsigned))
+            return numba.njit(signature, nogil=True)(_finite(unsigned, _EXPONENTS[dtype.name]))  # type: ignore[no-any-return]
+
+        return self._cached(("finite", dtype), compiled)
 
     def _fold_loop(self, state: np.dtype[Any], dtype: np.dtype[Any]) -> Callable[..., Any]:
-        real = _element(state)
-        arguments = (_output(real), _input(_pattern(dtype)), types.float64, types.boolean)
-        return self._cached(("fold", state, dtype), lambda: _compiled(_fold(_WIDEN.get(dtype.name, _same), real), *arguments))
+        def compiled() -> Callable[..., Any]:
+            real = _element(state)
+            arguments = (_output(real), _input(_pattern(dtype)), types.float64, types.boolean)
+            return _compiled(_fold(_WIDEN.get(dtype.name, _same), real), *arguments)
+
+        return self._cached(("fold", state, dtype), compiled)
 
     def _square_loop(self, state: np.dtype[Any]) -> Callable[..., Any]:
-        arguments = (_output(types.float64), _input(_element(state)))
-        return self._cached(("squares", state), lambda: _compiled(_add_squares, *arguments))
+        return self._cached(
+            ("squares", state), lambda: _compiled(_add_squares, _output(types.float64), _input(_element(state)))
+        )
 
     def finite(self, values: Array) -> bool:
         return bool(self._finite_loop(values.dtype)(values.view(f"u{values.dtype.itemsize}")))

@@ -226,7 +226,8 @@ class Gather:
                 turn = self._turn(key)
                 if turn is None:
                     self._busy.discard(key)
-                    if self._waiting or not self._busy:
+                    # A wake-up for each block would make every push that waits look again each time.
+                    if self._waiting or (not self._busy and (self.stale or self.void or self.complete)):
                         self._changed.notify_all()
 
     def _add(self, key: Key, contribution: Contribution, data: memoryview) -> tuple[float | None, errors.OptserveError | None]:
