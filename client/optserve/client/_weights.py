@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from optserve.client._packing import Array
 from optserve.v1 import data_pb2
-from optserve.wire.chunks import Chunk, Coverage
+from optserve.wire.chunks import Chunk, Coverage, from_inline
 from optserve.wire.errors import (
     DtypeMismatchError,
     InvalidArgumentError,
@@ -172,13 +172,7 @@ def read(begin: data_pb2.WeightsBegin, receive: Callable[[], Item], destination:
     """
     fits = begin.layout_version == destination.layout.version
     coverage = destination.coverage() if fits else {}
-    while True:
-        item = receive()
-        if isinstance(item, Message):
-            content = item.WhichOneof("content")
-            if content != "end":
-                raise ProtocolViolationError(f"{content} came among the weights")
-            break
+    for item in from_inline(begin.inline) if begin.HasField("inline") else _followers(receive):
         if fits:
             if item.array_id not in coverage:
                 raise ProtocolViolationError(f"a chunk of array {item.array_id} came, which was not asked for")
@@ -188,3 +182,12 @@ def read(begin: data_pb2.WeightsBegin, receive: Callable[[], Item], destination:
     if missing:
         raise ProtocolViolationError(f"the weights ended with {missing} chunks missing")
     destination.filled = fits
+
+
+def _followers(receive: Callable[[], Item]) -> Iterator[Chunk]:
+    """The chunks that follow, up to the end."""
+    while not isinstance(item := receive(), Message):
+        yield item
+    content = item.WhichOneof("content")
+    if content != "end":
+        raise ProtocolViolationError(f"{content} came among the weights")

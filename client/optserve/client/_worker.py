@@ -19,6 +19,7 @@ from optserve.client._weights import Destination, Weights
 from optserve.client._worker_session import SILENCE_SECONDS, WorkerSession
 from optserve.v1 import data_pb2, optimizer_pb2
 from optserve.v1 import types_pb2 as pb
+from optserve.wire.chunks import INLINE_BYTES, to_inline
 from optserve.wire.errors import ProtocolViolationError, UnknownParameterError
 
 Metrics = Mapping[str, float]
@@ -187,7 +188,7 @@ class Worker:
             destination = self._destination(out)
 
     def _request_weights(self, destination: Destination, stream: Stream, _: pb.CallIdentity) -> None:
-        stream.send([data_pb2.StreamRequest(pull=data_pb2.PullWeights())])
+        stream.send([data_pb2.StreamRequest(pull=data_pb2.PullWeights(inline_weights_bytes=INLINE_BYTES))])
         self._read_weights(stream, destination)
         self._session.settle()
 
@@ -195,8 +196,11 @@ class Worker:
         answer = self._session.answer(stream)
         if answer.WhichOneof("content") != "weights":
             raise ProtocolViolationError(f"{answer.WhichOneof('content')} came where weights were expected")
-        self._session.session.saw(answer.weights.position)
-        _weights.read(answer.weights, lambda: stream.receive(SILENCE_SECONDS), destination)
+        self._take_weights(answer.weights, stream, destination)
+
+    def _take_weights(self, begin: data_pb2.WeightsBegin, stream: Stream, destination: Destination) -> None:
+        self._session.session.saw(begin.position)
+        _weights.read(begin, lambda: stream.receive(SILENCE_SECONDS), destination)
 
     def _send_and_pull(self, push: Push, out: Weights | None) -> Weights:
         """The lock is held."""
@@ -223,7 +227,9 @@ class Worker:
                     stream.send(_requests(push, identity, destination is not None))
                 else:
                     raise ProtocolViolationError(f"a push was answered with {content}")
-            if destination is not None:
+            if destination is not None and answer.pushed.HasField("weights"):
+                self._take_weights(answer.pushed.weights, stream, destination)
+            elif destination is not None:
                 self._read_weights(stream, destination)
             self._session.settle()
             return answer.pushed
@@ -245,7 +251,12 @@ def _requests(push: Push, identity: pb.CallIdentity, want_weights: bool) -> Iter
         content_fingerprint=push.fingerprint,
         want_weights=want_weights,
         metrics=push.metrics,
+        inline_weights_bytes=INLINE_BYTES,
     )
+    if push.layout.nbytes <= INLINE_BYTES:
+        begin.inline.CopyFrom(to_inline(pieces.assembled() for pieces in push.chunks()))
+        yield data_pb2.StreamRequest(push=begin)
+        return
     yield data_pb2.StreamRequest(push=begin)
     yield from push.chunks()
     yield data_pb2.StreamRequest(end=pb.StreamEnd())

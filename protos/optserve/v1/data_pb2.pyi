@@ -40,7 +40,7 @@ class StreamOpened(_message.Message):
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., last_seq: _Optional[int] = ...) -> None: ...
 
 class PushBegin(_message.Message):
-    __slots__ = ("call", "contribution", "weight", "parameter_count", "absent", "content_fingerprint", "want_weights", "metrics")
+    __slots__ = ("call", "contribution", "weight", "parameter_count", "absent", "content_fingerprint", "want_weights", "metrics", "inline", "inline_weights_bytes")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,8 @@ class PushBegin(_message.Message):
     CONTENT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WANT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
+    INLINE_WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     call: _types_pb2.CallIdentity
     contribution: Contribution
     weight: float
@@ -64,11 +66,15 @@ class PushBegin(_message.Message):
     content_fingerprint: int
     want_weights: bool
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, str]] = ..., weight: _Optional[float] = ..., parameter_count: _Optional[int] = ..., absent: _Optional[_Iterable[int]] = ..., content_fingerprint: _Optional[int] = ..., want_weights: bool = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    inline: _types_pb2.InlineChunks
+    inline_weights_bytes: int
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, str]] = ..., weight: _Optional[float] = ..., parameter_count: _Optional[int] = ..., absent: _Optional[_Iterable[int]] = ..., content_fingerprint: _Optional[int] = ..., want_weights: bool = ..., metrics: _Optional[_Mapping[str, float]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ..., inline_weights_bytes: _Optional[int] = ...) -> None: ...
 
 class PullWeights(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("inline_weights_bytes",)
+    INLINE_WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    inline_weights_bytes: int
+    def __init__(self, inline_weights_bytes: _Optional[int] = ...) -> None: ...
 
 class StreamRequest(_message.Message):
     __slots__ = ("open", "push", "end", "pull", "chunk")
@@ -85,7 +91,7 @@ class StreamRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[StreamOpen, _Mapping]] = ..., push: _Optional[_Union[PushBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., pull: _Optional[_Union[PullWeights, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class PushResult(_message.Message):
-    __slots__ = ("seq", "position", "learning_rates", "grad_norm", "skipped", "skip_reason", "ranks", "waited_for_rank", "waited_seconds")
+    __slots__ = ("seq", "position", "learning_rates", "grad_norm", "skipped", "skip_reason", "ranks", "waited_for_rank", "waited_seconds", "weights")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +101,7 @@ class PushResult(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     WAITED_FOR_RANK_FIELD_NUMBER: _ClassVar[int]
     WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     position: _types_pb2.Position
     learning_rates: _containers.RepeatedScalarFieldContainer[float]
@@ -104,7 +111,8 @@ class PushResult(_message.Message):
     ranks: _containers.RepeatedScalarFieldContainer[int]
     waited_for_rank: int
     waited_seconds: float
-    def __init__(self, seq: _Optional[int] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., learning_rates: _Optional[_Iterable[float]] = ..., grad_norm: _Optional[float] = ..., skipped: bool = ..., skip_reason: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., waited_for_rank: _Optional[int] = ..., waited_seconds: _Optional[float] = ...) -> None: ...
+    weights: WeightsBegin
+    def __init__(self, seq: _Optional[int] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., learning_rates: _Optional[_Iterable[float]] = ..., grad_norm: _Optional[float] = ..., skipped: bool = ..., skip_reason: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., waited_for_rank: _Optional[int] = ..., waited_seconds: _Optional[float] = ..., weights: _Optional[_Union[WeightsBegin, _Mapping]] = ...) -> None: ...
 
 class RoundWaiting(_message.Message):
     __slots__ = ("round", "missing", "waited_seconds")
@@ -123,14 +131,16 @@ class RoundResend(_message.Message):
     def __init__(self, round: _Optional[int] = ...) -> None: ...
 
 class WeightsBegin(_message.Message):
-    __slots__ = ("position", "layout_version", "layout")
+    __slots__ = ("position", "layout_version", "layout", "inline")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
     position: _types_pb2.Position
     layout_version: int
     layout: _types_pb2.Layout
-    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout_version: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ...) -> None: ...
+    inline: _types_pb2.InlineChunks
+    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout_version: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ("error",)

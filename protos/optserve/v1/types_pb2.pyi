@@ -262,6 +262,12 @@ class StreamEnd(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class InlineChunks(_message.Message):
+    __slots__ = ("chunks",)
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    chunks: _containers.RepeatedCompositeFieldContainer[TensorChunk]
+    def __init__(self, chunks: _Optional[_Iterable[_Union[TensorChunk, _Mapping]]] = ...) -> None: ...
+
 class BundleEntry(_message.Message):
     __slots__ = ("parameter", "slot", "shape", "dtype", "offset")
     PARAMETER_FIELD_NUMBER: _ClassVar[int]

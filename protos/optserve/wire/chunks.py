@@ -19,6 +19,9 @@ from optserve.wire.errors import InvalidChunkError, ProtocolViolationError
 CHUNK_BYTES = 1 << 20
 """The grid: every chunk begins at a multiple of it and reaches to the next, or to the end of its array."""
 
+INLINE_BYTES = 64 << 10
+"""Gradients and weights up to this travel inside the messages that announce them: each message costs 0.1 ms of hand-offs."""
+
 MAX_MESSAGE_BYTES = 2 << 20
 """No message of the contract is larger; both sides set it as gRPC's limit."""
 
@@ -129,6 +132,19 @@ def parse(kind: type[AnyMessage], raw: bytes | AnyMessage | Chunk) -> AnyMessage
         slow: pb.TensorChunk = message.chunk  # type: ignore[attr-defined]
         return Chunk(slow.array_id, slow.offset, memoryview(slow.data))
     return message
+
+
+def to_inline(chunks: Iterable[Chunk]) -> pb.InlineChunks:
+    """Small chunks as a part of another message."""
+    return pb.InlineChunks(
+        chunks=[pb.TensorChunk(array_id=chunk.array_id, offset=chunk.offset, data=bytes(chunk.data)) for chunk in chunks]
+    )
+
+
+def from_inline(inline: pb.InlineChunks) -> Iterator[Chunk]:
+    """The chunks inside another message."""
+    for chunk in inline.chunks:
+        yield Chunk(chunk.array_id, chunk.offset, memoryview(chunk.data))
 
 
 class Coverage:

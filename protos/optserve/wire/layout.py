@@ -64,6 +64,11 @@ class Layout:
     arrays: tuple[Array, ...] = ()
 
     @cached_property
+    def nbytes(self) -> int:
+        """Of all flat arrays in the wire dtypes."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @cached_property
     def by_name(self) -> dict[str, Place]:
         return {place.name: place for place in self.places}
 

@@ -17,7 +17,7 @@ from optserve.server.services.context import CallContext
 from optserve.server.store import Hold
 from optserve.v1 import data_pb2, data_pb2_grpc, types_pb2
 from optserve.wire import errors
-from optserve.wire.chunks import Chunk, array_chunks
+from optserve.wire.chunks import INLINE_BYTES, Chunk, array_chunks, from_inline, to_inline
 from optserve.wire.reasons import to_detail
 
 StreamItem = bytes | data_pb2.StreamRequest | Chunk
@@ -93,7 +93,7 @@ class DataService(data_pb2_grpc.DataServiceServicer):
         begin = decode.first(data_pb2.PushRequest, found, "begin").begin
         running = self._registry.find(begin.call.job_id)
         context.add_callback(running.host.wake)
-        ticket = _gathered(running, decode.push(begin), decode.chunks(found), context)
+        ticket = _gathered(running, decode.push(begin), _chunks(begin, found), context)
         while isinstance(outcome := running.pushes.finish(ticket, context.is_active), Waiting):
             pass
         if isinstance(outcome, Resend):
@@ -155,8 +155,8 @@ class _WorkerStream:
                 self._streams.mark(self._context, idle=False)
                 if not isinstance(item, Chunk) and content == "push":
                     yield from self._push(item.push, found)
-                elif content == "pull":
-                    yield from self._weights()
+                elif not isinstance(item, Chunk) and content == "pull":
+                    yield from self._weights(item.pull.inline_weights_bytes)
                 else:
                     raise errors.ProtocolViolationError(f"a stream may not go on with {content!r}; push or pull is next")
             except _ENDING as error:
@@ -176,7 +176,7 @@ class _WorkerStream:
             yield item
 
     def _push(self, begin: data_pb2.PushBegin, found: Iterator[data_pb2.StreamRequest | Chunk]) -> Iterator[Answer]:
-        chunks = decode.chunks(found)
+        chunks = _chunks(begin, found)
         try:
             push = decode.push(begin)
             ticket = _gathered(self._running, push, chunks, self._context)
@@ -192,12 +192,33 @@ class _WorkerStream:
         yield from self._applied(begin, outcome)
 
     def _applied(self, begin: data_pb2.PushBegin, outcome: Done) -> Iterator[Answer]:
-        yield data_pb2.StreamResponse(pushed=encode.push_result(begin.call.seq, outcome))
-        if begin.want_weights:
-            yield from self._weights()
+        result = encode.push_result(begin.call.seq, outcome)
+        small = self._small_weights(begin.inline_weights_bytes) if begin.want_weights else None
+        if small is not None:
+            result.weights.CopyFrom(small)
+        yield data_pb2.StreamResponse(pushed=result)
+        if begin.want_weights and small is None:
+            yield from self._weights(0)
 
-    def _weights(self) -> Iterator[Answer]:
+    def _small_weights(self, limit: int) -> data_pb2.WeightsBegin | None:
+        """The weights in one message, if they have at most so many bytes."""
+        host = self._running.host
+        with host.changed:
+            host.check_initialized()
+            self._member()
+            store, layout = host.job.store, host.job.store.layout
+            if layout.nbytes > min(limit, INLINE_BYTES):
+                return None
+            arrays, position = store.snapshot(), host.job.position
+        chunks = (chunk for array_id, array in arrays.items() for chunk in array_chunks(array_id, _bytes(array)))
+        return data_pb2.WeightsBegin(position=position.to_proto(), layout_version=layout.version, inline=to_inline(chunks))
+
+    def _weights(self, inline_bytes: int) -> Iterator[Answer]:
         """One whole version: in `sync` read in place, since no update can come before this worker pushes; else from a copy."""
+        small = self._small_weights(inline_bytes)
+        if small is not None:
+            yield data_pb2.StreamResponse(weights=small)
+            return
         host = self._running.host
         with host.changed:
             host.check_initialized()
@@ -227,6 +248,11 @@ def _gathered(running: Running, push: Push, chunks: Iterator[Chunk], context: Ca
         running.pushes.abandon(ticket)
         raise
     return ticket
+
+
+def _chunks(begin: data_pb2.PushBegin, found: Iterator[decode.AnyMessage | Chunk]) -> Iterator[Chunk]:
+    """A push's chunks: those in its head, or else those that follow."""
+    return from_inline(begin.inline) if begin.HasField("inline") else decode.chunks(found)
 
 
 def _bytes(array: npt.NDArray[np.generic]) -> memoryview:
