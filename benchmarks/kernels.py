@@ -33,7 +33,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sgd", {"momentum": 0.9}),
     ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}),
 ]
-TORCH = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 HOW = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 TARGETS = {"numba": ("fused", 0.95), "numpy": ("loop", 1.5)}
 """Backend to the torch path that it is measured against, and the least ratio."""
@@ -57,7 +56,7 @@ def store_step(backend: str, name: str, options: Mapping[str, Any], values: np.n
 def torch_step(how: str, name: str, options: Mapping[str, Any], values: np.ndarray) -> Step:
     tensor = torch.from_numpy(values.copy()).requires_grad_()
     tensor.grad = torch.from_numpy(values[::-1].copy())
-    return TORCH[name]([tensor], **HOW[how], **options).step
+    return getattr(torch.optim, find(name).name)([tensor], **HOW[how], **options).step
 
 
 def copy_step(values: np.ndarray) -> Step:

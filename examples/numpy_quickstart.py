@@ -21,4 +21,4 @@ with connect("localhost:50051") as server:
             gradients = {"w": x.T @ error / len(x), "b": error.mean(keepdims=True)}
             weights = worker.push_pull(gradients, metrics={"loss": float(np.square(error).mean())})
         print("step", worker.last_step.step, "w", weights["w"].round(3), "b", weights["b"].round(3))
-    job.save_checkpoint(f"step-{worker.last_step.step}")
+    job.save_checkpoint(f"step-{worker.last_step.step}", overwrite=True)

@@ -38,6 +38,21 @@ def test_a_value_is_what_it_looks_like(text: str, value: Value) -> None:
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("milestones=10", (10,)),
+        ("milestones=10,", (10,)),
+        ("milestones=10,20", (10, 20)),
+        ("betas=0.9", (0.9,)),
+        ("milestones=true", True),
+        ("milestones=ten", "ten"),
+    ],
+)
+def test_one_number_is_a_list_where_a_list_is_wanted(text: str, value: Value) -> None:
+    assert Assignment().convert(text, None, None)[1] == value
+
+
 def test_nan_is_a_number() -> None:
     _, value = Assignment().convert("lr=nan", None, None)
     assert isinstance(value, float)

@@ -13,10 +13,16 @@ from optserve.cli.doctor import Finding
 KEYS = {*doctor.LOOKS}
 
 
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPTSERVE_SERVER", raising=False)
+
+
 def test_a_machine_that_passes_these_tests_is_ready() -> None:
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == exits.OK
     assert result.stdout.endswith("ready: a server can run here\n")
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
 
 
 def test_json_has_every_finding() -> None:
@@ -65,3 +71,10 @@ def test_a_server_that_does_not_answer_is_bad_and_one_that_does_is_described(
     found = json.loads(CliRunner().invoke(main, ["doctor", "--json", "--server", address]).stdout)["findings"]["server"]
     assert (found["state"], found["value"]) == ("ok", "reachable")
     assert "backend numpy" in found["note"]
+
+
+def test_the_server_of_the_environment_is_asked_too(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTSERVE_SERVER", address)
+    found = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)["findings"]["server"]
+    assert found["state"] == "ok"
+    assert address in found["note"]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from optserve.cli import exits
-from optserve.client import connect
+from optserve.client import connect, errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,3 +48,18 @@ def test_links_in_the_documents_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_errors_in_the_documents_are_there_and_the_examples_are_python() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    compile(example, "concepts.md", "exec")
+    names = set(re.findall(r"`(\w+Error)`", text)) | set(re.findall(r"errors\.(\w+Error)", text))
+    builtin = {"ValueError", "TimeoutError"}
+    assert all(issubclass(getattr(errors, name), errors.OptserveError) for name in names - builtin)
+    assert {"RolledBackError", "JobLostError"} <= names
+
+
+def test_the_accuracy_that_the_documents_promise_is_one() -> None:
+    for document in ("docker/compose.yaml", "README.md", "client/optserve/cli/demo/__init__.py"):
+        assert "0.97" not in (ROOT / document).read_text(), document

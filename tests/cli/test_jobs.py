@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,24 @@ def test_show_by_name_and_by_id(optserve: Command, job: Job) -> None:
         {"name": "b", "shape": [4], "dtype": "float32"},
     ]
     assert [group["lr"] for group in found["groups"]] == [0.25, 0.5]
+    assert found["schedule"]["name"] is None
     text = ok(optserve("job", "show", "j"))
     assert "step 1" in text
     assert "rank0" in text
+    assert "schedule   none\n" in text
+
+
+def test_show_has_the_schedule_and_the_hyperparameters_of_every_group(optserve: Command, job: Job) -> None:
+    job.set_lr_schedule("MultiStepLR", milestones=[10, 20])
+    job.update_group(1, weight_decay=0.01, amsgrad=True)
+    text = ok(optserve("job", "show", "j"))
+    assert "schedule   MultiStepLR(milestones=(10, 20), gamma=0.1), last epoch 0\n" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["0", "0.25", "betas=0.9,0.999", "eps=1e-08", "initial_lr=0.25"] in lines
+    assert ["1", "0.5", "betas=0.9,0.999", "eps=1e-08", "weight_decay=0.01", "amsgrad=yes", "initial_lr=0.5"] in lines
+    assert all(line == line.rstrip() for line in text.splitlines())
+    found = as_json(optserve("job", "show", "j", "--json"))["schedule"]
+    assert (found["name"], found["last_epoch"]) == ("MultiStepLR", 0)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +129,32 @@ def test_export_leaves_files_that_make_the_job_again_and_no_checkpoint(
             assert all(np.array_equal(again.pull()[name], array) for name, array in job.pull().items())
         finally:
             again.delete()
+
+
+@pytest.mark.parametrize("command", [("job", "export", "j"), ("checkpoint", "download", "j", "c")], ids=" ".join)
+@pytest.mark.parametrize(
+    ("folder", "message"), [("taken", "taken exists"), ("file/out", "is not a folder")], ids=["exists", "under-a-file"]
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_server_is_asked(
+    optserve: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], folder: str, message: str
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("optserve.cli.options.connected", None)
+    result = optserve(*command, folder)
+    assert result.exit_code == exits.USAGE
+    assert message in result.stderr
+
+
+def test_pull_into_a_folder_that_is_not_there_is_refused_before_the_server_is_asked(
+    optserve: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optserve.cli.options.connected", None)
+    result = optserve("job", "pull", "j", "--out", "no/weights.npz")
+    assert (result.exit_code, result.stderr) == (
+        exits.USAGE,
+        "error: no/weights.npz cannot be written: there is no folder no\n",
+    )
 
 
 def test_events_tell_of_the_step(optserve: Command, job: Job) -> None:
@@ -173,8 +215,27 @@ def test_group_add(optserve: Command, job: Job, tmp_path: Path) -> None:
     added = as_json(optserve("group", "add", "j", "head.npz", "lr=0.01", "--json"))
     assert (added["group"], added["params"], added["lr"]) == (2, ["head"], 0.01)
     assert np.array_equal(job.pull(["head"])["head"], np.full((2, 2), 3, np.float32))
-    (tmp_path / "bad.npz").write_bytes(b"no zip")
-    assert optserve("group", "add", "j", "bad.npz").exit_code == exits.USAGE
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize("kind", ["text", "empty", "torn", "npy", "pickle", "no arrays"])
+def test_a_file_that_is_no_npz_is_named_with_what_is_allowed(optserve: Command, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez(path, head=np.ones(4, np.float32))
+    if kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.ones(4))
+    elif kind == "pickle":
+        np.savez(path, head=np.array([{}], object))
+    elif kind == "no arrays":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme", "nothing")
+    else:
+        path.write_bytes({"text": b"print(1)", "empty": b"", "torn": path.read_bytes()[:60]}[kind])
+    result = optserve("group", "add", "j", "bad.npz")
+    assert result.exit_code == exits.USAGE
+    assert "bad.npz is not what is allowed: an .npz file" in result.stderr
+    assert "pickle" not in result.stderr
 
 
 def test_a_schedule_is_set_stepped_shown_and_removed(optserve: Command, job: Job) -> None:
@@ -186,9 +247,19 @@ def test_a_schedule_is_set_stepped_shown_and_removed(optserve: Command, job: Job
     assert "StepLR(step_size=1, gamma=0.5)" in ok(optserve("schedule", "show", "j"))
     assert ok(optserve("schedule", "remove", "j")) == "no schedule\n"
     assert job.lr_schedule is None
+    without = optserve("schedule", "step", "j")
+    assert without.exit_code == exits.USAGE
+    assert "`optserve schedule set j NAME ...`" in without.stderr
     unknown = optserve("schedule", "set", "j", "StepLr2")
     assert unknown.exit_code == exits.USAGE
     assert "StepLR" in unknown.stderr
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize(("given", "shown"), [("10", "(10,)"), ("10,", "(10,)"), ("10,20", "(10, 20)")])
+def test_milestones_are_one_number_or_several(optserve: Command, given: str, shown: str) -> None:
+    text = ok(optserve("schedule", "set", "j", "MultiStepLR", f"milestones={given}"))
+    assert f"MultiStepLR(milestones={shown}, gamma=0.1)" in text
 
 
 def test_checkpoints_from_save_to_delete(optserve: Command, job: Job, tmp_path: Path) -> None:

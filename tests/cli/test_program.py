@@ -51,6 +51,8 @@ def test_all_commands_are_there() -> None:
         ["group", "set", "j", "0", "lr"],
         ["group", "set", "j", "0", "lr=1", "lr=2"],
         ["serve", "--backend", "x"],
+        ["serve", "--backend", "cupy"],
+        ["serve", "--address-file", "/nonexistent/address"],
     ],
     ids=" ".join,
 )
@@ -60,6 +62,30 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str]) -> None:
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["", "job", "group", "schedule", "checkpoint"])
+def test_a_bare_command_prints_its_help_and_is_exit_code_2(path: str) -> None:
+    result = CliRunner().invoke(main, path.split(), prog_name="optserve")
+    help_text = CliRunner().invoke(main, [*path.split(), "--help"], prog_name="optserve").stdout
+    assert (result.exit_code, result.stdout, result.stderr) == (exits.USAGE, "", help_text)
+
+
+def test_an_address_file_that_cannot_be_written_is_a_sentence() -> None:
+    result = CliRunner().invoke(main, ["serve", "--address-file", "/nonexistent/address"])
+    assert result.stderr == "error: /nonexistent/address cannot be written: there is no folder /nonexistent\n"
+
+
+def test_the_help_offers_nothing_of_a_later_version() -> None:
+    assert "cupy" not in CliRunner().invoke(main, ["serve", "--help"]).stdout
+    text = CliRunner().invoke(main, ["schedule", "step", "--help"]).stdout
+    assert "metric" not in text
+    assert "Plateau" not in text
+
+
+@pytest.mark.parametrize("path", ["group set", "schedule set"])
+def test_the_help_shows_how_a_list_is_written(path: str) -> None:
+    assert "A list is numbers with commas between them" in CliRunner().invoke(main, [*path.split(), "--help"]).stdout
 
 
 def test_a_server_that_is_not_there_is_named_with_the_time_waited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from optserve.client._channel import STREAM, GrpcTransport
-from optserve.client._transport import Pieces
+from optserve.client._channel import GrpcTransport
+from optserve.client._transport import STREAM, Pieces
 from optserve.v1 import data_pb2, jobs_pb2
 from optserve.wire import errors, reasons
-from optserve.wire.chunks import Chunk
+from optserve.wire.chunks import MAX_MESSAGE_BYTES, Chunk
 
 LIST = "/optserve.v1.JobService/ListJobs"
 INITIALIZE = "/optserve.v1.JobService/InitializeJob"
@@ -87,7 +87,8 @@ def failing(code: grpc.StatusCode, reason: str = "", domain: str = reasons.DOMAI
             errors.ServerUnavailableError,
             r"127\.0\.0\.1:\d+ did not answer \(waited 0\.\d s\): plain",
         ),
-        (failing(grpc.StatusCode.RESOURCE_EXHAUSTED), errors.TooManyStreamsError, "refused the call"),
+        (failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS"), errors.TooManyStreamsError, "^told$"),
+        (failing(grpc.StatusCode.RESOURCE_EXHAUSTED), errors.InternalError, "answered RESOURCE_EXHAUSTED: plain"),
         (failing(grpc.StatusCode.UNKNOWN), errors.InternalError, "answered UNKNOWN: plain"),
     ],
 )
@@ -98,6 +99,21 @@ def test_an_rpcs_failure_becomes_an_error_of_the_tree(
         serve(unary=handler).unary(LIST, jobs_pb2.ListJobsRequest(), 5)
     if error is errors.JobNotFoundError:
         assert caught.value.metadata == {"job": "x"}
+
+
+def test_a_message_beyond_the_limit_is_said_to_be_too_large_whichever_side_finds_it(serve: Serve) -> None:
+    large = "x" * (MAX_MESSAGE_BYTES + 1)
+    answer = jobs_pb2.ListJobsResponse(jobs=[{"job_id": large}]).SerializeToString()
+    transport = serve(unary=lambda *_: answer, stream=lambda *_: iter((answer,)))
+    stream = transport.stream()
+    for call in (
+        lambda: transport.unary(LIST, jobs_pb2.ListJobsRequest(), 5),
+        lambda: transport.unary(LIST, jobs_pb2.GetJobRequest(job=large), 5),
+        lambda: stream.receive(5),
+    ):
+        with pytest.raises(errors.InvalidArgumentError, match=f"too large, {MAX_MESSAGE_BYTES} bytes are allowed"):
+            call()
+    stream.close()
 
 
 def test_an_answer_that_does_not_come_is_a_deadline(serve: Serve) -> None:

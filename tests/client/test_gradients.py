@@ -142,6 +142,26 @@ def test_the_fingerprint_follows_content_names_and_weight() -> None:
     assert checked(layout, {"a": one.copy()}).fingerprint == pushes[0].fingerprint
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("size", [2, 3, 5, 4096, 300_001])
+def test_the_fingerprint_follows_signs_and_places(dtype: npt.DTypeLike, size: int) -> None:
+    base = np.zeros(size, dtype)
+    base[-1], base[-2] = 1, 2
+    swapped = base.copy()
+    swapped[[-1, -2]] = base[[-2, -1]]
+    layout = layout_of(("w", (size,), np.dtype(dtype)))
+    arrays = [base, -base, swapped, np.ascontiguousarray(base[::-1])]
+    distinct = {array.tobytes() for array in arrays}
+    assert len({checked(layout, {"w": array}).fingerprint for array in arrays}) == len(distinct)
+
+
+def test_the_fingerprint_is_of_the_values_not_of_how_they_lie_in_memory_by_steps() -> None:
+    gradient = np.arange(40_000, dtype=np.float32)
+    layout = layout_of(("w", (20_000,), FLOAT32))
+    apart, together = gradient[::2], gradient[::2].copy()
+    assert checked(layout, {"w": apart}).fingerprint == checked(layout, {"w": together}).fingerprint
+
+
 def test_a_push_that_skips_names_everything_as_absent() -> None:
     push = _gradients.skipped(layout_of(("a", (2,), FLOAT32), ("b", (2,), FLOAT32)))
     assert (push.absent, push.weight, list(push.chunks())) == ([0, 1], 0.0, [])

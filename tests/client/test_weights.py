@@ -11,7 +11,7 @@ from optserve.client import _packing, _weights
 from optserve.client._weights import Destination
 from optserve.v1 import data_pb2
 from optserve.v1 import types_pb2 as pb
-from optserve.wire import errors
+from optserve.wire import errors, reasons
 from optserve.wire.chunks import CHUNK_BYTES, Chunk
 from optserve.wire.layout import Layout
 from optserve.wire.methods import Item
@@ -130,6 +130,21 @@ def test_weights_of_another_layout_are_drained_and_written_nowhere() -> None:
     assert not destination.filled
     assert out["b"].tolist() == [7, 7, 7]
     assert list(items) == []
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("version", [LAYOUT.version, LAYOUT.version + 1], ids=["this layout", "another layout"])
+@pytest.mark.parametrize("ends", [False, True], ids=["error", "goodbye"])
+def test_an_error_among_the_weights_is_raised_as_what_it_is(place: int, version: int, ends: bool) -> None:
+    detail = reasons.to_detail(errors.RoundTimeoutError("silent for so long; pull again", rank=3))
+    refused = data_pb2.StreamResponse(goodbye={"error": detail}) if ends else data_pb2.StreamResponse(error=detail)
+    items = list(sent())
+    items.insert(place, refused)
+    destination = Destination(LAYOUT)
+    with pytest.raises(errors.RoundTimeoutError, match="pull again") as caught:
+        read(destination, iter(items), version)
+    assert caught.value.metadata == {"rank": "3"}
+    assert not destination.filled
 
 
 @pytest.mark.parametrize(

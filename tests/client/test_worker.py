@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -87,6 +88,49 @@ def test_a_push_in_a_thread_raises_what_is_wrong_at_once_and_the_rest_from_the_f
         bad = worker.push_pull_async(gradients(np.nan))
         with pytest.raises(errors.NonfiniteGradientError):
             bad.result(timeout=30)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Worker.pull,
+        lambda worker: worker.push(gradients(1)),
+        lambda worker: worker.push_pull(gradients(1)),
+        lambda worker: worker.push_pull_async(gradients(1)),
+        Worker.skip_round,
+        Worker.step_schedule,
+        Worker.leave,
+    ],
+    ids=["pull", "push", "push_pull", "push_pull_async", "skip_round", "step_schedule", "leave"],
+)
+@pytest.mark.parametrize("value", [1, np.nan], ids=["applied", "failed"])
+def test_every_call_comes_after_a_pending_push_and_does_not_fail_with_it(
+    embedded: Server, call: Callable[[Worker], object], value: float
+) -> None:
+    job = job_of(embedded)
+    job.set_lr_schedule("StepLR", step_size=1)
+    with job.join() as worker:
+        lock = worker._lock
+
+        class Late:
+            """Lets the other calls go first."""
+
+            def __enter__(self) -> None:
+                if threading.current_thread().name.startswith("optserve-push"):
+                    time.sleep(0.1)
+                lock.acquire()
+
+            def __exit__(self, *_: object) -> None:
+                lock.release()
+
+        worker._lock = Late()  # type: ignore[assignment]
+        future = worker.push_pull_async(gradients(value))
+        call(worker)
+        assert future.done()
+        if value == 1:
+            assert future.result()["b"].tolist() == [-1, -1]
+        else:
+            assert isinstance(future.exception(), errors.NonfiniteGradientError)
 
 
 def test_nan_is_rejected_and_the_worker_may_push_again_in_the_same_round(server: Server) -> None:

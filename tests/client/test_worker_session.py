@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from optserve.client._worker_session import WorkerSession
 from optserve.v1 import data_pb2, optimizer_pb2, workers_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import errors, reasons
+from optserve.wire.chunks import Chunk, to_inline
 from optserve.wire.layout import Layout
 from optserve.wire.methods import Item
 
@@ -40,6 +42,26 @@ def pushed(seq: int) -> Answer:
     return Answer(pushed=data_pb2.PushResult(seq=seq, position=position(seq)))
 
 
+def weights(version: int) -> Answer:
+    chunk = Chunk(0, 0, memoryview(np.full(LAYOUT.arrays[0].length, version, np.float32).tobytes()))
+    return Answer(weights={"position": position(version), "layout_version": LAYOUT.version, "inline": to_inline([chunk])})
+
+
+class Late:
+    """A lock that a push in a thread gets only after `release`."""
+
+    def __init__(self, lock: Any, release: threading.Event) -> None:
+        self._lock, self._release = lock, release
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name.startswith("optserve-push"):
+            self._release.wait(10)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def error(found: errors.OptserveError) -> Answer:
     return Answer(error=reasons.to_detail(found))
 
@@ -49,11 +71,16 @@ def goodbye(found: errors.OptserveError) -> Answer:
 
 
 class Written:
-    """A transport and stream whose answers are written down; an exception among them is raised. Keeps what was sent."""
+    """A transport and stream whose answers are written down. Keeps what was sent.
+
+    An exception among the answers is raised; a function is called for the answer.
+    """
+
+    Answer = Item | BaseException | Callable[[], Item]
 
     address = "nowhere"
 
-    def __init__(self, *streams: list[Item | BaseException], joins: int = 1, unary: Iterable[Message | Exception] = ()) -> None:
+    def __init__(self, *streams: list[Written.Answer], joins: int = 1, unary: Iterable[Message | Exception] = ()) -> None:
         self.streams = list(streams)
         self.joins = [
             workers_pb2.JoinResponse(
@@ -70,7 +97,8 @@ class Written:
         self.pushes: list[pb.CallIdentity] = []
         self.opens: list[data_pb2.StreamOpen] = []
         self.calls: list[Message] = []
-        self._answers: list[Item | BaseException] = []
+        self.pulls = 0
+        self._answers: list[Written.Answer] = []
 
     def unary(self, path: str, request: Message, timeout_seconds: float) -> Message:
         self.calls.append(request)
@@ -99,9 +127,13 @@ class Written:
                 self.pushes.append(item.push.call)
             if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "open":
                 self.opens.append(item.open)
+            if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "pull":
+                self.pulls += 1
 
     def receive(self, timeout_seconds: float) -> Item:
         found = self._answers.pop(0)
+        if callable(found):
+            found = found()
         if isinstance(found, BaseException):
             raise found
         return found
@@ -112,7 +144,7 @@ class Written:
 
 def joined(transport: Written, restored: set[str] | None = None) -> Worker:
     caller = Caller(Connection(transport, 10), "job-id", "job")
-    session = WorkerSession(caller, "", None, restored or set())
+    session = WorkerSession(caller, "", None, set() if restored is None else restored)
     session.join(1)
     return Worker(session)
 
@@ -184,6 +216,52 @@ def test_after_an_interrupt_the_server_says_whether_the_call_was_applied() -> No
     assert seqs(transport) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [error(errors.DeadlineExceededError("late")), opened(0), errors.DeadlineExceededError("stood still"), KeyboardInterrupt()],
+    ids=["error", "no sense", "silence", "interrupt"],
+)
+def test_a_result_that_was_read_counts_whatever_becomes_of_the_weights(failure: Any) -> None:
+    transport = Written([opened(0), pushed(1), failure], [opened(1), pushed(2), pushed(3)])
+    worker = joined(transport)
+    with pytest.raises((errors.OptserveError, KeyboardInterrupt)):
+        worker.push_pull(GRADIENTS)
+    assert worker.last_step is not None
+    assert worker.last_step.step == 1
+    assert worker._session.session.seq == 1
+    worker.push(GRADIENTS)
+    worker.push({"w": np.zeros(3, np.float32)})
+    assert seqs(transport) == [1, 2, 3]
+    assert len(transport.opens) == 2
+
+
+@pytest.mark.parametrize("applied", [0, 1], ids=["not applied", "applied"])
+def test_after_a_failure_of_the_server_it_is_asked_whether_the_call_was_applied(applied: int) -> None:
+    failed = error(errors.OutOfMemoryError("no memory for the answer"))
+    transport = Written([opened(0), failed], [opened(applied), pushed(applied + 1)])
+    worker = joined(transport)
+    with pytest.raises(errors.OutOfMemoryError):
+        worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    assert seqs(transport) == [1, applied + 1]
+
+
+def test_a_push_that_was_applied_before_its_worker_had_to_join_again_is_not_applied_twice() -> None:
+    transport = Written([opened(0), AWAY], [goodbye(errors.NotJoinedError("who?"))], [opened(1), pushed(1)], joins=2)
+    transport.joins[1].last_seq = 1
+    joined(transport).push(GRADIENTS)
+    assert seqs(transport) == [1, 1]
+
+
+def test_an_applied_push_whose_weights_were_lost_is_not_sent_again_but_pulled() -> None:
+    transport = Written([opened(0), pushed(1), AWAY], [opened(1), weights(1), pushed(2)])
+    worker = joined(transport)
+    assert worker.push_pull(GRADIENTS)["w"].tolist() == [1, 1, 1]
+    worker.push(GRADIENTS)
+    assert seqs(transport) == [1, 2]
+    assert transport.pulls == 1
+
+
 def test_an_answer_that_makes_no_sense_is_a_typed_error_and_the_stream_is_given_up() -> None:
     transport = Written([opened(0), opened(0)], [opened(0), pushed(1)])
     worker = joined(transport)
@@ -239,6 +317,52 @@ def test_going_back_to_what_this_client_restored_is_no_error() -> None:
     transport = Written([opened(8, 9), goodbye(rolled_back())], [opened(8, 5), pushed(9)])
     joined(transport, {"two"}).push(GRADIENTS)
     assert seqs(transport) == [9, 9]
+
+
+def restoring(restored: set[str], answer: Answer) -> Callable[[], Answer]:
+    """The answer, when this client has just restored a checkpoint."""
+
+    def restore() -> Answer:
+        restored.add("two")
+        return answer
+
+    return restore
+
+
+@pytest.mark.parametrize("how", ["while it waits", "while its stream is away"])
+def test_a_push_begun_before_this_clients_restore_is_not_sent_into_what_was_restored(how: str) -> None:
+    restored: set[str] = set()
+    refused = restoring(restored, goodbye(rolled_back()))
+    first: list[Written.Answer] = [opened(8, 9), refused] if how == "while it waits" else [opened(8, 9), AWAY]
+    between: list[list[Written.Answer]] = [] if how == "while it waits" else [[refused]]
+    transport = Written(first, *between, [opened(8, 5), pushed(9)])
+    worker = joined(transport, restored)
+    with pytest.raises(errors.RolledBackError):
+        worker.push(GRADIENTS)
+    assert seqs(transport) == [9]
+    worker.push(GRADIENTS)
+    assert seqs(transport) == [9, 9]
+
+
+def test_a_push_in_a_thread_is_begun_when_it_is_called() -> None:
+    restored: set[str] = set()
+    transport = Written([opened(8, 9), goodbye(rolled_back())], [opened(8, 5), pushed(9)])
+    worker = joined(transport, restored)
+    release = threading.Event()
+    worker._lock = Late(worker._lock, release)
+    future = worker.push_pull_async(GRADIENTS)
+    restored.add("two")
+    release.set()
+    with pytest.raises(errors.RolledBackError):
+        future.result(10)
+    assert worker.push(GRADIENTS).step == 9
+
+
+def test_a_pull_goes_on_through_this_clients_restore() -> None:
+    restored: set[str] = set()
+    transport = Written([opened(8, 9), restoring(restored, goodbye(rolled_back()))], [opened(8, 5), weights(5)])
+    assert joined(transport, restored).pull()["w"].tolist() == [5, 5, 5]
+    assert transport.pulls == 2
 
 
 def test_a_counted_step_is_repeated_with_its_identity_and_count() -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from optserve.client import connect
 from optserve.server.app import App, ServerConfig, start_line
+from optserve.v1 import workers_pb2
 from optserve.wire import errors
 
 W = {"w": np.arange(4, dtype=np.float32)}
@@ -192,3 +194,118 @@ def test_a_server_process_says_in_one_line_why_it_cannot_start(app: App, tmp_pat
         assert found.returncode not in (0, -signal.SIGKILL)
         assert message in found.stderr
         assert "Traceback" not in found.stderr
+
+
+def _break_saves(folder: Path, job_id: str) -> None:
+    """A file where the job's folder would be."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / job_id).write_text("")
+
+
+def test_a_job_that_cannot_be_saved_costs_no_other_and_is_the_stops_error(
+    start_app: Callable[..., App], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, file = tmp_path / "data", tmp_path / "address"
+    app = start_app(data_dir=data, address_file=file)
+    with connect(app.address) as server:
+        jobs = [server.create_job(name, W, optimizer="sgd", lr=1.0) for name in "abc"]
+        for job in jobs[:2]:
+            _break_saves(data, job.job_id)
+        with pytest.raises(errors.StorageError, match=jobs[0].job_id):
+            app.stop()
+    assert [record.args[0] for record in caplog.records if record.levelname == "ERROR"] == ["a", "b"]
+    assert not file.exists()
+    for job in jobs[:2]:
+        (data / "checkpoints" / job.job_id).unlink()
+    with connect(start_app(data_dir=data).address) as server:
+        assert [entry.name for entry in server.jobs()] == ["c"]
+
+
+def test_a_server_process_whose_stop_could_not_save_says_so(server_process: Any, tmp_path: Path) -> None:
+    process = server_process(tmp_path / "data")
+    with connect(process.address) as server:
+        _break_saves(tmp_path / "data", server.create_job("a", W, optimizer="sgd", lr=1.0).job_id)
+        assert process.stop() == 1
+    assert "job 'a': not saved" in process.output
+    assert process.output.splitlines()[-1].startswith("error: cannot ")
+    assert "optserve stopped" not in process.output
+    assert "Traceback" not in process.output
+
+
+def test_a_stopped_server_saves_no_more(start_app: Callable[..., App], tmp_path: Path) -> None:
+    first = start_app(data_dir=tmp_path / "data")
+    with connect(first.address) as server:
+        server.create_job("a", W, optimizer="sgd", lr=1.0)
+    first.stop()
+    second = start_app(data_dir=tmp_path / "data")
+    with connect(second.address) as server, server.job("a").join() as worker:
+        worker.push({"w": np.ones(4, np.float32)})
+    second.stop()
+    first.stop()
+    with connect(start_app(data_dir=tmp_path / "data").address) as server:
+        assert server.job("a").position().step == 1
+
+
+def test_of_two_jobs_of_one_name_the_last_saved_continues(
+    start_app: Callable[..., App], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = []
+    for part in ("one", "two"):
+        app = start_app(data_dir=tmp_path / part)
+        with connect(app.address) as server:
+            ids.append(server.create_job("a", W, optimizer="sgd", lr=1.0).job_id)
+        app.stop()
+    (tmp_path / "one" / "checkpoints" / ids[0]).rename(tmp_path / "two" / "checkpoints" / ids[0])
+    with connect(start_app(data_dir=tmp_path / "two").address) as server:
+        assert [entry.job_id for entry in server.jobs()] == [ids[1]]
+    assert any(f"job {ids[0]} does not continue" in message for message in caplog.messages)
+    assert (tmp_path / "two" / "checkpoints" / ids[0]).is_dir()
+
+
+def test_a_start_that_cannot_recover_lets_the_data_dir_go(
+    start_app: Callable[..., App], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, backend: object) -> None:
+        raise errors.StorageError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optserve.server.durability.archive.Archive.recover", fail)
+        with pytest.raises(errors.StorageError, match="the disk is gone"):
+            App(ServerConfig(address="127.0.0.1:0", backend="numpy", data_dir=tmp_path / "data"))
+    start_app(data_dir=tmp_path / "data")
+
+
+def test_slow_control_calls_leave_leases_alone(start_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch) -> None:
+    from optserve.server.services.optimizer import OptimizerService
+
+    free = threading.Event()
+    busy = threading.Semaphore(0)
+
+    def slow(self: object, request: object, context: object) -> None:
+        busy.release()
+        free.wait(20)
+        raise errors.InvalidArgumentError("done")
+
+    monkeypatch.setattr(OptimizerService, "StepSchedule", slow)
+    with connect(start_app().address) as server:
+        job = server.create_job("a", W, optimizer="sgd", lr=1.0)
+        worker = job.join()
+        calls = [threading.Thread(target=_ignored, args=(server.job("a").step_schedule,)) for _ in range(16)]
+        for call in calls:
+            call.start()
+        for _ in range(8):
+            assert busy.acquire(timeout=20)
+        session = worker._session.session
+        request = workers_pb2.HeartbeatRequest(job_id=job.job_id, session_id=session.session_id, epoch=session.epoch)
+        try:
+            server._connection.once(request, workers_pb2.HeartbeatResponse, 5.0)
+        finally:
+            free.set()
+        for call in calls:
+            call.join()
+        worker.leave()
+
+
+def _ignored(call: Callable[[], Any]) -> None:
+    with pytest.raises(errors.InvalidArgumentError):
+        call()

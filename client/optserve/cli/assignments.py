@@ -8,6 +8,9 @@ import click
 
 from optserve.wire.values import Value
 
+LISTS = ("betas", "milestones")
+"""Keys whose value is a list even if it has one number."""
+
 _WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
 
@@ -20,7 +23,10 @@ class Assignment(click.ParamType[tuple[str, Value]]):
         key, equals, text = str(value).partition("=")
         if not equals or not key.isidentifier():
             self.fail(f"{value!r} is not of the form KEY=VALUE, as in lr=1e-4", param, ctx)
-        return key, _parse(text)
+        found = _parse(text)
+        if key in LISTS and isinstance(found, int | float) and not isinstance(found, bool):
+            return key, (found,)
+        return key, found
 
 
 def _parse(text: str) -> Value:

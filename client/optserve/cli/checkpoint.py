@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from optserve.cli.destinations import check_new_folder
 from optserve.cli.options import example, json_option, opened, server_option
 from optserve.cli.output import moment, print_json, print_table, size
 
@@ -43,12 +44,13 @@ def _print(what: str, found: Checkpoint, as_json: bool) -> None:
 @checkpoint.command(epilog=example("optserve checkpoint save digits epoch-3"))
 @click.argument("job")
 @click.argument("name")
+@click.option("--overwrite", is_flag=True, help="Take the place of a checkpoint of that name.")
 @server_option
 @json_option
-def save(job: str, name: str, server: str, as_json: bool) -> None:
+def save(job: str, name: str, overwrite: bool, server: str, as_json: bool) -> None:
     """Save parameters, optimizer state, groups and schedule as NAME, on the server."""
     with opened(server, job) as found:
-        _print("saved", found.save_checkpoint(name), as_json)
+        _print("saved", found.save_checkpoint(name, overwrite=overwrite), as_json)
 
 
 @checkpoint.command("list", epilog=example("optserve checkpoint list digits"))
@@ -108,6 +110,7 @@ def download(job: str, name: str, folder: Path | None, server: str, as_json: boo
     `server.create_job(..., from_checkpoint=FOLDER)` makes a job of them again; the .safetensors files open anywhere.
     """
     target = folder or Path(name)
+    check_new_folder(target)
     with opened(server, job) as found:
         found.download_checkpoint(name, target)
     print_files(target, as_json)

@@ -17,7 +17,7 @@ import click
 from optserve.cli import exits
 from optserve.cli.extras import EXTRAS, SERVER_NEEDS, missing, pip_command
 from optserve.cli.options import connected, example
-from optserve.cli.output import print_json, size
+from optserve.cli.output import print_json, print_rich, size
 from optserve.wire.errors import OptserveError
 
 _SMALL_SHM = 256 << 20
@@ -182,7 +182,6 @@ def examine(address: str | None) -> dict[str, Finding]:
 
 
 def _print(findings: dict[str, Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -190,11 +189,13 @@ def _print(findings: dict[str, Finding]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, finding in findings.items():
         table.add_row(marks[finding.state], Text(name), Text(finding.value), Text(finding.note, "dim"))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print_rich(table)
 
 
 @click.command(epilog=example("optserve doctor", "optserve doctor --server localhost:50051 --json"))
-@click.option("--server", metavar="ADDRESS", help="Also ask the server at this host:port.")
+@click.option(
+    "--server", metavar="ADDRESS", envvar="OPTSERVE_SERVER", show_envvar=True, help="Also ask the server at this host:port."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.pass_context
 def doctor(ctx: click.Context, server: str | None, as_json: bool) -> None:

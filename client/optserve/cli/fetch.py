@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from optserve.cli.checkpoint import print_files
+from optserve.cli.destinations import check_new_folder, check_writable
 from optserve.cli.options import example, json_option, opened, server_option
 from optserve.cli.output import print_json, size
 
@@ -34,6 +35,7 @@ def pull(job: str, out: Path, server: str, as_json: bool) -> None:
     """
     import numpy as np
 
+    check_writable(out.parent, out)
     with opened(server, job) as found:
         with _busy(f"pulling {job}"):
             weights = found.pull()
@@ -73,6 +75,7 @@ def export(job: str, folder: Path, server: str, as_json: bool) -> None:
 
     The same files as a checkpoint's: `server.create_job(..., from_checkpoint=FOLDER)` makes a job of them again.
     """
+    check_new_folder(folder)
     with opened(server, job) as found, _temporary_checkpoint(found) as name, _busy(f"exporting {job}"):
         found.download_checkpoint(name, folder)
     print_files(folder, as_json)

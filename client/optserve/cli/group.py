@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from optserve.cli.assignments import Assignment, collect
 from optserve.cli.options import example, json_option, opened, server_option
 from optserve.cli.output import print_json, print_table, text
+from optserve.wire.errors import InvalidArgumentError
 from optserve.wire.values import Value
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 GroupEntries = Mapping[str, Value | list[str]]
 
@@ -25,7 +32,8 @@ def document(index: int, entries: GroupEntries) -> dict[str, object]:
     return {"group": index, **entries}
 
 
-def _describe(entries: GroupEntries) -> str:
+def describe(entries: GroupEntries) -> str:
+    """The hyperparameters except lr, and except those that are none, off or 0."""
     shown = {key: value for key, value in entries.items() if key not in ("params", "lr") and value not in (None, False)}
     return " ".join(f"{key}={text(value).replace(' ', '')}" for key, value in shown.items())
 
@@ -34,7 +42,7 @@ def _print_group(index: int, entries: GroupEntries, as_json: bool) -> None:
     if as_json:
         print_json(document(index, entries))
     else:
-        click.echo(f"group {index}: lr={text(entries['lr'])} {_describe(entries)}")
+        click.echo(f"group {index}: lr={text(entries['lr'])} {describe(entries)}")
 
 
 @group.command("list", epilog=example("optserve group list digits", "optserve group list digits --json"))
@@ -48,7 +56,7 @@ def list_groups(job: str, server: str, as_json: bool) -> None:
     if as_json:
         print_json([document(index, entries) for index, entries in enumerate(groups)])
         return
-    rows = [[index, entries["lr"], _describe(entries), entries["params"]] for index, entries in enumerate(groups)]
+    rows = [[index, entries["lr"], describe(entries), entries["params"]] for index, entries in enumerate(groups)]
     print_table(["GROUP", "LR", "HYPERPARAMETERS", "PARAMETERS"], rows)
 
 
@@ -61,7 +69,10 @@ def list_groups(job: str, server: str, as_json: bool) -> None:
 @server_option
 @json_option
 def set_values(job: str, index: int, values: tuple[tuple[str, Value], ...], server: str, as_json: bool) -> None:
-    """Change hyperparameters of group INDEX, from the next step on."""
+    """Change hyperparameters of group INDEX, from the next step on.
+
+    A list is numbers with commas between them: betas=0.9,0.95.
+    """
     changes = collect(values)
     with opened(server, job) as found:
         found.update_group(index, **changes)
@@ -76,15 +87,25 @@ def set_values(job: str, index: int, values: tuple[tuple[str, Value], ...], serv
 @json_option
 def add(job: str, parameters: Path, values: tuple[tuple[str, Value], ...], server: str, as_json: bool) -> None:
     """Add a group with the arrays of the .npz file PARAMETERS as its parameters."""
-    import numpy as np
-
-    try:
-        with np.load(parameters, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, AttributeError) as error:  # np.load gives a bare array for .npy
-        raise click.UsageError(f"{parameters} is not an .npz file of plain arrays: {error}") from None
     changes = collect(values)
+    arrays = _read_npz(parameters)
     with opened(server, job) as found:
         found.add_param_group({"params": arrays, **changes})
         groups = found.info().groups
         _print_group(len(groups) - 1, groups[-1], as_json)
+
+
+def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    import numpy as np
+
+    try:
+        # Opened here, for np.load forgets to close a torn file. TypeError: an .npy file's bare array.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = {}
+    if not arrays or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise InvalidArgumentError(
+            f"{path} is not what is allowed: an .npz file of plain arrays under their parameters' names, as np.savez writes it"
+        )
+    return arrays

@@ -9,9 +9,12 @@ import click
 
 from optserve.cli.events import events
 from optserve.cli.fetch import export, pull
+from optserve.cli.group import describe as describe_group
 from optserve.cli.group import document as group_document
 from optserve.cli.options import connected, example, json_option, opened, server_option
 from optserve.cli.output import print_json, print_pairs, print_table, size
+from optserve.cli.schedule import describe as describe_schedule
+from optserve.cli.schedule import document as schedule_document
 
 if TYPE_CHECKING:
     from optserve.client import JobInfo
@@ -88,12 +91,13 @@ def list_jobs(server: str, as_json: bool) -> None:
 @server_option
 @json_option
 def show(job: str, server: str, as_json: bool) -> None:
-    """Show one job: where it stands, its groups, workers and parameters."""
+    """Show one job: where it stands, its schedule, groups, parameters and workers."""
     with opened(server, job) as found:
-        info = found.info()
+        info, schedule = found.info(), found.lr_schedule
     if as_json:
-        print_json(document(info))
+        print_json({**document(info), "schedule": schedule_document(schedule)})
         return
+    standing = f"{describe_schedule(schedule)}, last epoch {schedule.last_epoch}" if schedule else "none"
     print_pairs(
         [
             ("job", _name(info)),
@@ -103,6 +107,7 @@ def show(job: str, server: str, as_json: bool) -> None:
             ("workers", f"{_alive(info)} alive"),
             ("state", size(info.state_bytes)),
             ("metrics", _metrics(info) or "-"),
+            ("schedule", standing),
         ]
     )
     _print_tables(info)
@@ -113,8 +118,13 @@ def _print_tables(info: JobInfo) -> None:
     rows = [(place, group_of[place.array_id]) for place in info.layout.places]
     click.echo()
     print_table(
-        ["PARAMETER", "SHAPE", "DTYPE", "GROUP", "LR"],
-        [[place.name, str(place.shape), place.dtype, index, info.groups[index]["lr"]] for place, index in rows],
+        ["GROUP", "LR", "HYPERPARAMETERS"],
+        [[index, entries["lr"], describe_group(entries)] for index, entries in enumerate(info.groups)],
+    )
+    click.echo()
+    print_table(
+        ["PARAMETER", "SHAPE", "DTYPE", "GROUP"],
+        [[place.name, str(place.shape), place.dtype, index] for place, index in rows],
     )
     if info.members:
         click.echo()

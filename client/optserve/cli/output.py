@@ -6,12 +6,19 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 WIDE = 1_000
 """Columns of a table that goes into a pipe or file: nothing is cut there."""
+
+_GAP = 2
+"""Columns between two columns of a table."""
 
 
 def print_json(document: object, *, one_line: bool = False) -> None:
@@ -30,8 +37,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str = "") -> None:
-    """A table; numbers stand right. `empty` is said instead of a table without rows."""
-    from rich.console import Console
+    """A table; numbers stand right, and no word is broken. `empty` is said instead of a table without rows."""
     from rich.table import Table
     from rich.text import Text
 
@@ -39,13 +45,44 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
     if not cells:
         click.echo(empty)
         return
+    texts = [[text(cell) for cell in row] for row in cells]
+    console = _console()
+    widths = _widths([list(column) for column in zip(columns, *texts, strict=True)], console.width)
+    console.width = max(console.width, sum(widths) + _GAP * len(widths))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
         right = all(isinstance(row[index], int | float) for row in cells)
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*(Text(text(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+        table.add_column(column, justify="right" if right else "left", width=width)
+    for row in texts:
+        table.add_row(*(Text(cell) for cell in row))
+    print_rich(table, console)
+
+
+def _widths(columns: list[list[str]], available: int) -> list[int]:
+    """The widths of columns: the widest one gives way first, but none becomes narrower than its longest word."""
+    least = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    widths = [max(len(cell) for cell in column) for column in columns]
+    while sum(widths) + _GAP * (len(widths) - 1) > available:
+        slack = [index for index, width in enumerate(widths) if width > least[index]]
+        if not slack:
+            break  # the terminal wraps what is left
+        widths[max(slack, key=lambda index: widths[index])] -= 1
+    return widths
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDE)
+
+
+def print_rich(table: Table, console: Console | None = None) -> None:
+    """A table without spaces at the end of its lines, as wide as the terminal."""
+    console = console or _console()
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:

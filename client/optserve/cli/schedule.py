@@ -9,6 +9,7 @@ import click
 from optserve.cli.assignments import Assignment, collect
 from optserve.cli.options import example, json_option, opened, server_option
 from optserve.cli.output import print_json, print_pairs, text
+from optserve.wire.errors import InvalidArgumentError
 from optserve.wire.values import Value
 
 if TYPE_CHECKING:
@@ -32,16 +33,27 @@ def document(found: Schedule | None) -> dict[str, object]:
     }
 
 
+def describe(found: Schedule) -> str:
+    """As torch's call would be written."""
+    arguments = ", ".join(f"{key}={_argument(value)}" for key, value in found.arguments.items())
+    return f"{found.name}({arguments})"
+
+
+def _argument(value: Value) -> str:
+    if isinstance(value, tuple):
+        return f"({text(value)},)" if len(value) == 1 else f"({text(value)})"
+    return text(value)
+
+
 def _print(found: Schedule | None, as_json: bool) -> None:
     if as_json:
         print_json(document(found))
     elif found is None:
         click.echo("no schedule")
     else:
-        arguments = ", ".join(f"{key}={text(value)}" for key, value in found.arguments.items())
         print_pairs(
             [
-                ("schedule", f"{found.name}({arguments})"),
+                ("schedule", describe(found)),
                 ("last epoch", found.last_epoch),
                 ("learning rates", found.learning_rates),
             ]
@@ -71,21 +83,25 @@ def show(job: str, server: str, as_json: bool) -> None:
 @server_option
 @json_option
 def set_schedule(job: str, name: str, values: tuple[tuple[str, Value], ...], server: str, as_json: bool) -> None:
-    """Set or replace the schedule by torch's NAME and arguments."""
+    """Set or replace the schedule by torch's NAME and arguments.
+
+    A list is numbers with commas between them: milestones=10,20. One number does for milestones: milestones=10.
+    """
     arguments = collect(values)
     with opened(server, job) as found:
         _print(found.set_lr_schedule(name, **arguments), as_json)
 
 
-@schedule.command(epilog=example("optserve schedule step digits", "optserve schedule step digits --metric 0.31"))
+@schedule.command(epilog=example("optserve schedule step digits"))
 @click.argument("job")
-@click.option("--metric", type=float, help="What ReduceLROnPlateau looks at.")
 @server_option
 @json_option
-def step(job: str, metric: float | None, server: str, as_json: bool) -> None:
+def step(job: str, server: str, as_json: bool) -> None:
     """Step the schedule once, now. Steps that workers take count beside it."""
     with opened(server, job) as found:
-        _print(found.step_schedule(metric), as_json)
+        if found.lr_schedule is None:
+            raise InvalidArgumentError(f"job {job!r} has no schedule; `optserve schedule set {job} NAME ...` sets one")
+        _print(found.step_schedule(), as_json)
 
 
 @schedule.command(epilog=example("optserve schedule remove digits"))

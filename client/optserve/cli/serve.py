@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from optserve.cli.destinations import check_writable
 from optserve.cli.extras import SERVER_NEEDS, require
 from optserve.cli.options import example
 
@@ -24,6 +25,13 @@ def _stop_when_input_ends() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="optserve-input", daemon=True).start()
+
+
+def _writable(_ctx: click.Context, _param: click.Parameter, file: Path | None) -> Path | None:
+    """Before the server starts, which otherwise serves for a moment and then fails."""
+    if file is not None:
+        check_writable(file.parent, file)
+    return file
 
 
 @click.command(
@@ -47,16 +55,17 @@ def _stop_when_input_ends() -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     envvar="OPTSERVE_ADDRESS_FILE",
     show_envvar=True,
+    callback=_writable,
     help="Write the address here once the server listens.",
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "numba", "numpy", "cupy"]),
+    type=click.Choice(["auto", "numba", "numpy"]),
     default="auto",
     envvar="OPTSERVE_BACKEND",
     show_default=True,
     show_envvar=True,
-    help="What runs the updates. auto: numba, or numpy where numba is not installed.",
+    help="What runs the updates. auto: numba, or numpy where numba is not installed. The GPU comes with a later version.",
 )
 @click.option(
     "--data-dir",

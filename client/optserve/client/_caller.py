@@ -16,6 +16,7 @@ from optserve.wire.errors import (
     JobNotFoundError,
     OptserveError,
     RolledBackError,
+    SequenceConflictError,
     SequenceGapError,
     ServerError,
 )
@@ -66,7 +67,9 @@ class Caller:
         with self._lock:
             try:
                 answer = self.told(lambda: send(self.session.identity()))
-            except SequenceGapError:  # the server was started again and does not know the session
+            # Not applied: the server was started again and does not know the session, or it applied a call that this client
+            # thinks has failed.
+            except (SequenceGapError, SequenceConflictError):
                 self.session.renew()
                 answer = self.told(lambda: send(self.session.identity()))
             except OptserveError as error:

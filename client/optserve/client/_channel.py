@@ -14,13 +14,11 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from optserve.client._transport import Outgoing, Pieces
+from optserve.client._transport import STREAM, Outgoing, Pieces
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import errors, reasons
 from optserve.wire.chunks import MAX_MESSAGE_BYTES, encode, parse
 from optserve.wire.methods import METHODS, Item, serialize
-
-STREAM = "/optserve.v1.DataService/Stream"
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -72,14 +70,19 @@ def translate(error: grpc.RpcError, address: str, waited_seconds: float) -> erro
         return own
     code, details = error.code(), error.details()
     where = f"the server at {address}"
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    if code is grpc.StatusCode.CANCELLED:
+        return errors.ServerUnavailableError(f"{where} hung up: it stops, or is started again", address=address)
+    if code is grpc.StatusCode.UNAVAILABLE:
         return errors.ServerUnavailableError(
             f"{where} did not answer (waited {waited_seconds:.1f} s): {details}", address=address
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceededError(f"{where} did not answer within {waited_seconds:.1f} s", address=address)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return errors.TooManyStreamsError(f"{where} refused the call, it has too many or too large ones: {details}")
+    # The one thing that gRPC says under a code which means several, and only in words.
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
+        return errors.InvalidArgumentError(
+            f"a message of the call to {where} was too large, {MAX_MESSAGE_BYTES} bytes are allowed: {details}"
+        )
     name = code.name if code else "no status"
     return errors.InternalError(f"{where} answered {name}: {details}", address=address)
 

@@ -66,7 +66,8 @@ def connect(
 
 def _checked(address: str) -> str:
     host, _, port = address.rpartition(":")
-    if address.startswith("unix:") or (host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+    named = host.startswith("[") or ":" not in host
+    if host and named and "/" not in host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16:
         return address
     raise InvalidArgumentError(f"address is {address!r}; it must be host:port, as in localhost:50051")
 
@@ -78,7 +79,7 @@ def _found(connection: Connection, timeout_seconds: float) -> server_pb2.GetServ
         left = began + timeout_seconds - time.monotonic()
         if last is not None and left <= 0:
             raise ServerUnavailableError(
-                f"no server answered at {connection.address} within {timeout_seconds:g} s: {last}",
+                f"no server answered at {connection.address} within {timeout_seconds:g} s; is `optserve serve` running there?",
                 address=connection.address,
                 waited_seconds=timeout_seconds,
             ) from last

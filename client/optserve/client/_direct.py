@@ -6,7 +6,6 @@ after it has answered the last one.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -15,12 +14,10 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from optserve.client._transport import Outgoing, Pieces
+from optserve.client._transport import STREAM, Outgoing, Pieces
 from optserve.wire.chunks import Chunk
 from optserve.wire.errors import ClosedError, ProtocolViolationError, ServerUnavailableError
 from optserve.wire.methods import Item
-
-STREAM = "/optserve.v1.DataService/Stream"
 
 Handler = Callable[[Any, Any], Any]
 """(request or iterator of items, context) -> response or iterator of items."""
@@ -55,9 +52,6 @@ class Context:
             callbacks, self._callbacks = self._callbacks, None
         for callback in callbacks or ():
             callback()
-
-    def peer(self) -> str:
-        return f"direct:{os.getpid()}"
 
 
 def _item(item: Outgoing) -> Item:

@@ -25,6 +25,13 @@ _FLOAT16_EXPONENT, _BFLOAT16_EXPONENT = np.uint16(0x7C00), np.uint16(0x7F80)
 
 _BLOCK = 1 << 17
 
+_ROW = 1 << 12
+_FACTORS = {width: (1 + np.arange(_ROW) * 0.6180339887498949 % 1).astype(f"f{width}") for width in (4, 8)}
+"""By itemsize: one for each place in a row, between 1 and 2 and all different, so that signs and places count in a sum."""
+
+_WORD_FACTORS = np.arange(_BLOCK // 4, dtype=np.uint64) * np.uint64(0x9E37_79B9_7F4A_7C15) | np.uint64(1)
+"""The same for the 64-bit words of a block."""
+
 
 @dataclass(frozen=True)
 class Push:
@@ -36,6 +43,8 @@ class Push:
     weight: float
     metrics: Mapping[str, float]
     fingerprint: int
+    nonfinite: tuple[int, ...] = ()
+    """Indices of the parameters whose gradients hold NaN or Inf."""
 
     @property
     def absent(self) -> list[int]:
@@ -61,10 +70,10 @@ def checked(layout: Layout, gradients: Gradients, weight: float, metrics: Mappin
     weight = _weight(weight)
     values = _checked_arrays(layout, gradients)
     with np.errstate(all="ignore"):  # an overflow is looked at again
-        sums = [(name, _sum(array)) for name, array in values.items()]
-    finite = all(math.isfinite(total) for _, total in sums)
+        digests = [(name, _digest(array)) for name, array in values.items()]
+    finite = all(digest is not None for _, digest in digests)
     contribution = data_pb2.CONTRIBUTION_GRADIENT if finite else data_pb2.CONTRIBUTION_NONFINITE
-    return _push(layout, values, contribution, weight, metrics, sums)
+    return _push(layout, values, contribution, weight, metrics, digests)
 
 
 def _checked_arrays(layout: Layout, gradients: Gradients) -> dict[str, Array]:
@@ -97,17 +106,19 @@ def _push(
     contribution: data_pb2.Contribution,
     weight: float,
     metrics: Mapping[str, float] | None,
-    sums: list[tuple[str, float]],
+    digests: list[tuple[str, bytes | None]],
 ) -> Push:
     content = hashlib.blake2b(struct.pack("<id", contribution, weight), digest_size=8)
-    for name, total in sums:
-        content.update(name.encode() + b"\0" + struct.pack("<d", total))
+    for name, digest in digests:
+        content.update(name.encode() + b"\0")
+        content.update(digest or b"")
     fingerprint = int.from_bytes(content.digest(), "little")
     try:
         numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"metrics must be numbers by name: {error}") from None
-    return Push(layout, values, contribution, weight, numbers, fingerprint)
+    nonfinite = tuple(layout.by_name[name].index for name, digest in digests if digest is None)
+    return Push(layout, values, contribution, weight, numbers, fingerprint, nonfinite)
 
 
 def _weight(weight: float) -> float:
@@ -120,28 +131,28 @@ def _weight(weight: float) -> float:
     return number
 
 
-def _sum(array: Array) -> float:
-    """A number that depends on the whole content and is not finite if, and only if, some element is not."""
+def _digest(array: Array) -> bytes | None:
+    """Sums that follow every element's value and place, in one pass; None if an element is NaN or Inf."""
     if array.itemsize == 2:
         exponent = _FLOAT16_EXPONENT if array.dtype == np.float16 else _BFLOAT16_EXPONENT
-        return _sum_of_bits(np.ascontiguousarray(array).reshape(-1).view(np.uint16), exponent)
-    flags = array.flags
-    if flags.c_contiguous or flags.f_contiguous:
-        flat = array.reshape(-1, order="A")
-        total = float(np.dot(flat, flat))
-        if math.isfinite(total):
-            return total
-    if not np.isfinite(array).all():
-        return math.nan
-    total = float(np.sum(array, dtype=np.float64))
-    return total if math.isfinite(total) else 0.0
+        return _digest_of_bits(np.ascontiguousarray(array).reshape(-1).view(np.uint16), exponent)
+    flat = np.ascontiguousarray(array.reshape(-1, order="A"))
+    factors = _FACTORS[array.itemsize]
+    whole = flat.size // _ROW * _ROW
+    rest = np.dot(flat[whole:], factors[: flat.size - whole])
+    sums = np.append(flat[:whole].reshape(-1, _ROW) @ factors, rest) if whole else np.asarray(rest)
+    if np.isfinite(sums).all() or np.isfinite(flat).all():  # sums of finite elements may overflow
+        return sums.tobytes()
+    return None
 
 
-def _sum_of_bits(bits: npt.NDArray[np.uint16], mask: np.uint16) -> float:
+def _digest_of_bits(bits: npt.NDArray[np.uint16], mask: np.uint16) -> bytes | None:
     total = 0
     for begin in range(0, bits.size, _BLOCK):
         block = bits[begin : begin + _BLOCK]
         if ((block & mask) == mask).any():
-            return math.nan
-        total = (total * 31 + int(block.sum(dtype=np.uint64))) & 0xFFFF_FFFF_FFFF
-    return float(total)
+            return None
+        words = block[: block.size // 4 * 4].view(np.uint64)
+        rest = int.from_bytes(block[4 * words.size :].tobytes(), "little")
+        total = (total * 31 + int(np.dot(words, _WORD_FACTORS[: words.size])) + rest) & 0xFFFF_FFFF_FFFF_FFFF
+    return total.to_bytes(8, "little")

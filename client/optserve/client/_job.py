@@ -198,12 +198,14 @@ class Job:
         )
         return self._saw(answer.position)
 
-    def save_checkpoint(self, name: str) -> Checkpoint:
+    def save_checkpoint(self, name: str, *, overwrite: bool = False) -> Checkpoint:
         """Saves parameters, state, groups and schedule, all or nothing; again at the same version it is the same checkpoint.
 
-        CheckpointExistsError if the name stands for another version, InvalidNameError, StorageError.
+        CheckpointExistsError if the name stands for another version, unless `overwrite`; InvalidNameError, StorageError.
         """
-        request = checkpoints_pb2.SaveCheckpointRequest(job_id=self.job_id, name=name, seen=self._caller.session.seen)
+        request = checkpoints_pb2.SaveCheckpointRequest(
+            job_id=self.job_id, name=name, seen=self._caller.session.seen, overwrite=overwrite
+        )
         answer = self._caller.read(request, checkpoints_pb2.SaveCheckpointResponse, BULK_SECONDS)
         return Checkpoint.from_proto(answer.checkpoint)
 
@@ -253,10 +255,18 @@ class Job:
         return [Checkpoint.from_proto(entry) for entry in answer.checkpoints]
 
     def events(self, after: int = 0, wait_seconds: float = 0.0) -> list[Event]:
-        """What happened with an index above `after`, waiting up to wait_seconds (at most 30) for something new."""
-        request = jobs_pb2.ListEventsRequest(job_id=self.job_id, after=after, wait_seconds=wait_seconds)
-        answer = self._caller.read(request, jobs_pb2.ListEventsResponse, wait_seconds + 2 * _SLACK_SECONDS)
-        return [Event.from_proto(entry) for entry in answer.events]
+        """What happened with an index above `after`, waiting up to wait_seconds (at most 30) for something new.
+
+        The server keeps the last thousand rounds, and the last thousand other events.
+        """
+        found: list[Event] = []
+        while True:
+            request = jobs_pb2.ListEventsRequest(job_id=self.job_id, after=after, wait_seconds=wait_seconds)
+            answer = self._caller.read(request, jobs_pb2.ListEventsResponse, wait_seconds + 2 * _SLACK_SECONDS)
+            found += [Event.from_proto(entry) for entry in answer.events]
+            if not answer.events:
+                return found
+            after, wait_seconds = found[-1].index, 0.0  # an answer holds only what fits a message
 
     def delete(self) -> None:
         """Deletes the job with its state and checkpoints. Idempotent."""

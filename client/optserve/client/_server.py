@@ -94,10 +94,13 @@ class Server:
         answer = self._connection.call(request, jobs_pb2.CreateJobResponse, BULK_SECONDS)
         if not answer.created:
             return self._joined(answer.job)
+        taken_over = answer.job.job_id != caller.session.job_id
+        caller.session.job_id = answer.job.job_id
         try:
             self._initialize(caller, Layout.from_proto(answer.job.layout), groups)
         except BaseException:
-            self._discard(caller)
+            if not taken_over:  # a job whose creator died waits for the next who brings values
+                self._discard(caller)
             raise
         return self._made(caller, answer.job)
 
@@ -142,7 +145,8 @@ class Server:
             logger.warning("job %s stays on the server without values: %s", caller.shown, error)
 
     def _joined(self, info: jobs_pb2.JobInfo) -> Job:
-        logger.info("joined %r at version %d", info.spec.name, info.position.version)
+        # Whoever brought initial values shall know that these do not count.
+        logger.warning("joined %r at version %d: the server's values count", info.spec.name, info.position.version)
         return Job(self._connection, info)
 
     def _made(self, caller: Caller, info: jobs_pb2.JobInfo) -> Job:

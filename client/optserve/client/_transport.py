@@ -7,8 +7,14 @@ from typing import NamedTuple, Protocol
 
 from google.protobuf.message import Message
 
+from optserve.v1 import data_pb2
 from optserve.wire.chunks import Chunk
+from optserve.wire.errors import OptserveError
 from optserve.wire.methods import Item
+from optserve.wire.reasons import from_detail
+
+STREAM = "/optserve.v1.DataService/Stream"
+"""The one path that is kept open."""
 
 
 class Pieces(NamedTuple):
@@ -26,6 +32,15 @@ class Pieces(NamedTuple):
 
 Outgoing = Item | Pieces
 """What the client puts on a stream."""
+
+
+def refusal(item: Item) -> OptserveError | None:
+    """The error that an answer on a stream stands for: an error, or a goodbye. None if it is another one."""
+    content = item.WhichOneof("content") if isinstance(item, data_pb2.StreamResponse) else None
+    if not isinstance(item, data_pb2.StreamResponse) or content not in ("error", "goodbye"):
+        return None
+    detail = item.error if content == "error" else item.goodbye.error
+    return from_detail(detail.reason, detail.message, detail.metadata)
 
 
 class Stream(Protocol):

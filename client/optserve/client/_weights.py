@@ -11,6 +11,7 @@ import numpy.typing as npt
 from google.protobuf.message import Message
 
 from optserve.client._packing import Array
+from optserve.client._transport import refusal
 from optserve.v1 import data_pb2
 from optserve.wire.chunks import Chunk, Coverage, from_inline
 from optserve.wire.errors import (
@@ -168,7 +169,8 @@ def _address(array: Array) -> int:
 def read(begin: data_pb2.WeightsBegin, receive: Callable[[], Item], destination: Destination) -> None:
     """Reads what follows a begin, up to the end. Nothing is written, nor `filled`, if the layout is another one.
 
-    ProtocolViolationError or InvalidChunkError if the server breaks the protocol; then some arrays may have been written.
+    The error that comes among them is raised; ProtocolViolationError or InvalidChunkError if the server breaks the protocol.
+    Then some arrays may have been written.
     """
     fits = begin.layout_version == destination.layout.version
     coverage = destination.coverage() if fits else {}
@@ -188,6 +190,9 @@ def _followers(receive: Callable[[], Item]) -> Iterator[Chunk]:
     """The chunks that follow, up to the end."""
     while not isinstance(item := receive(), Message):
         yield item
+    refused = refusal(item)
+    if refused is not None:
+        raise refused
     content = item.WhichOneof("content")
     if content != "end":
         raise ProtocolViolationError(f"{content} came among the weights")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -20,7 +21,7 @@ from optserve.client._worker_session import SILENCE_SECONDS, WorkerSession
 from optserve.v1 import data_pb2, optimizer_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire.chunks import INLINE_BYTES, to_inline
-from optserve.wire.errors import ProtocolViolationError, UnknownParameterError
+from optserve.wire.errors import OptserveError, ProtocolViolationError, UnknownParameterError
 
 Metrics = Mapping[str, float]
 
@@ -28,13 +29,14 @@ Metrics = Mapping[str, float]
 class Worker:
     """One rank of a job, made by Job.join(). A context manager: leaving the block leaves the job.
 
-    Thread safe: calls go one at a time. The same script runs on every rank, so each calls the same methods in the same order.
+    Thread safe: calls go one at a time, each after a push_pull_async that was begun before it. The same script runs on every
+    rank, so each calls the same methods in the same order.
     """
 
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
         self._lock = threading.Lock()
-        """Guards the session, its stream and last_step."""
+        """Guards the session, its stream, last_step and which push is pending."""
         self._last_step: StepInfo | None = None
         self._pending: Future[Weights] | None = None
         weakref.finalize(self, session.abandon)
@@ -61,7 +63,7 @@ class Worker:
         `out`: filled and returned instead of new arrays; cheapest if it is a dict that pull or push_pull returned before.
         Its contents are undefined after an error.
         """
-        with self._lock:
+        with self._turn():
             return self._pull(out)
 
     def push(self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None) -> StepInfo:
@@ -73,52 +75,56 @@ class Worker:
         UnknownParameterError, ShapeMismatchError, DtypeMismatchError, InvalidArgumentError before anything is sent;
         NonfiniteGradientError for NaN or Inf, by the job's policy; RoundTimeoutError naming the ranks that did not come.
         """
-        with self._lock:
-            return self._send(self._checked(gradients, weight, metrics), None)
+        restores = self._session.restores()
+        with self._turn():
+            return self._send(self._checked(gradients, weight, metrics), None, restores)
 
     def push_pull(
         self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None, out: Weights | None = None
     ) -> Weights:
         """push() and pull() in one exchange: the weights right after the step. What came of the push is in last_step."""
-        with self._lock:
-            return self._send_and_pull(self._checked(gradients, weight, metrics), out)
+        restores = self._session.restores()
+        with self._turn():
+            return self._send_and_pull(self._checked(gradients, weight, metrics), out, restores)
 
     def push_pull_async(
         self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None, out: Weights | None = None
     ) -> Future[Weights]:
         """push_pull() in a thread. The gradients (and `out`) must stay untouched until the future is done.
 
-        One is under way at a time: another one first waits for it. What is wrong with the gradients is raised here.
+        One is under way at a time: every other call first waits for it. What is wrong with the gradients is raised here.
         """
-        self._wait_for_pending()
-        with self._lock:
-            push = self._checked(gradients, weight, metrics)
+        restores = self._session.restores()
         future: Future[Weights] = Future()
         future.set_running_or_notify_cancel()
-        self._pending = future
 
         def run() -> None:
             try:
                 with self._lock:
-                    weights = self._send_and_pull(push, out)
+                    weights = self._send_and_pull(push, out, restores)
             except BaseException as error:
                 future.set_exception(error)
             else:
                 future.set_result(weights)
 
-        threading.Thread(target=run, name=f"optserve-push-{self.name}", daemon=True).start()
+        with self._turn():
+            push = self._checked(gradients, weight, metrics)
+            threading.Thread(target=run, name=f"optserve-push-{self.name}", daemon=True).start()
+            self._pending = future
         return future
 
     def skip_round(self, metrics: Metrics | None = None, out: Weights | None = None) -> Weights:
         """Sits a round out: contributes nothing, waits for the others and returns the weights after their step."""
-        with self._lock:
+        restores = self._session.restores()
+        with self._turn():
             self._session.check_open()
-            return self._send_and_pull(_gradients.skipped(self._session.layout, metrics), out)
+            return self._send_and_pull(_gradients.skipped(self._session.layout, metrics), out, restores)
 
-    def step_schedule(self, metric: float | None = None) -> Schedule:
+    def step_schedule(self, metric: float | None = None) -> Schedule | None:
         """Steps the learning-rate schedule, counted: the k-th call of any rank is the job's k-th step, applied once.
 
-        `metric` is that of ReduceLROnPlateau. RanksDisagreeError if another rank made this step with another one.
+        Returns the schedule as it stands; None if another rank made this step and the schedule was removed since.
+        InvalidArgumentError if there is none, or if it takes no `metric`; RanksDisagreeError if ranks differ in that.
         """
 
         def step(_: Stream, identity: pb.CallIdentity) -> optimizer_pb2.StepScheduleResponse:
@@ -127,21 +133,20 @@ class Worker:
             )
             answer = self._session.connection.once(request, optimizer_pb2.StepScheduleResponse)
             self._session.settle()
+            self._session.applied(identity.seq, answer.position)
             return answer
 
-        with self._lock:
-            answer = self._session.call(step)
-            self._session.session.saw(answer.position)
+        restores = self._session.restores()
+        with self._turn():
+            answer = self._session.call(step, restores)
             self._session.schedule_steps += 1
-        schedule = Schedule.from_proto(answer.schedule)
-        if schedule is None:
-            raise ProtocolViolationError("a schedule was stepped, but the answer has none")
-        return schedule
+        return Schedule.from_proto(answer.schedule)
 
     def leave(self) -> None:
         """Ends the membership: rounds no longer wait for this worker. Waits for push_pull_async first. Idempotent."""
         try:
-            self._wait_for_pending()
+            if self._pending is not None:
+                self._pending.exception()
         finally:
             self._session.leave()
 
@@ -158,9 +163,17 @@ class Worker:
         else:
             self.close()
 
-    def _wait_for_pending(self) -> None:
-        if self._pending is not None:
-            self._pending.exception()
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The lock, once no push_pull_async is under way. What came of that is its future's to tell."""
+        while True:
+            pending = self._pending
+            if pending is not None:
+                pending.exception()  # waits, and without the lock: the push takes it
+            with self._lock:
+                if self._pending is pending:
+                    yield
+                    return
 
     def _checked(self, gradients: Gradients, weight: float, metrics: Metrics | None) -> Push:
         self._session.check_open()
@@ -181,7 +194,7 @@ class Worker:
         """The lock is held."""
         destination = self._destination(out)
         while True:
-            self._session.call(partial(self._request_weights, destination), mutates=False)
+            self._session.call(partial(self._request_weights, destination))
             if destination.filled:
                 return destination.finished()
             self._session.refresh_layout()
@@ -202,42 +215,54 @@ class Worker:
         self._session.session.saw(begin.position)
         _weights.read(begin, lambda: stream.receive(SILENCE_SECONDS), destination)
 
-    def _send_and_pull(self, push: Push, out: Weights | None) -> Weights:
+    def _send_and_pull(self, push: Push, out: Weights | None, restores: Collection[str]) -> Weights:
         """The lock is held."""
         destination = self._destination(out)
-        self._send(push, destination)
+        self._send(push, destination, restores)
         if destination.filled:
             return destination.finished()
         self._session.refresh_layout()
         return self._pull(out)
 
-    def _send(self, push: Push, destination: Destination | None) -> StepInfo:
+    def _send(self, push: Push, destination: Destination | None, restores: Collection[str]) -> StepInfo:
         """The push, until its result and the weights that may follow are read. The lock is held."""
+        step: StepInfo | None = None
 
-        def exchange(stream: Stream, identity: pb.CallIdentity) -> data_pb2.PushResult:
-            stream.send(_requests(push, identity, destination is not None))
-            while True:
-                answer = self._session.answer(stream)
-                content = answer.WhichOneof("content")
-                if content == "pushed":
-                    break
-                if content == "waiting":
-                    _log_waiting(answer.waiting)
-                elif content == "resend":
-                    stream.send(_requests(push, identity, destination is not None))
-                else:
-                    raise ProtocolViolationError(f"a push was answered with {content}")
-            if destination is not None and answer.pushed.HasField("weights"):
-                self._take_weights(answer.pushed.weights, stream, destination)
-            elif destination is not None:
-                self._read_weights(stream, destination)
+        def exchange(stream: Stream, identity: pb.CallIdentity) -> StepInfo:
+            nonlocal step
+            if step is not None and destination is not None:  # applied; the stream broke before the weights were here
+                self._request_weights(destination, stream, identity)
+                return step
+            result = self._result(push, stream, identity, destination is not None)
+            self._session.applied(result.seq, result.position)
+            step = self._last_step = StepInfo.from_proto(result)
+            try:
+                if destination is not None and result.HasField("weights"):
+                    self._take_weights(result.weights, stream, destination)
+                elif destination is not None:
+                    self._read_weights(stream, destination)
+            except OptserveError:
+                self._session.drop()
+                raise
             self._session.settle()
-            return answer.pushed
+            return step
 
-        result = self._session.call(exchange)
-        self._session.session.saw(result.position)
-        self._last_step = StepInfo.from_proto(result)
-        return self._last_step
+        return self._session.call(exchange, restores)
+
+    def _result(self, push: Push, stream: Stream, identity: pb.CallIdentity, want_weights: bool) -> data_pb2.PushResult:
+        """Sends the push, as often as the server asks for it, and reads what came of it."""
+        stream.send(_requests(push, identity, want_weights))
+        while True:
+            answer = self._session.answer(stream)
+            content = answer.WhichOneof("content")
+            if content == "pushed":
+                return answer.pushed
+            if content == "waiting":
+                _log_waiting(answer.waiting)
+            elif content == "resend":
+                stream.send(_requests(push, identity, want_weights))
+            else:
+                raise ProtocolViolationError(f"a push was answered with {content}")
 
 
 def _requests(push: Push, identity: pb.CallIdentity, want_weights: bool) -> Iterator[Outgoing]:
@@ -252,6 +277,7 @@ def _requests(push: Push, identity: pb.CallIdentity, want_weights: bool) -> Iter
         want_weights=want_weights,
         metrics=push.metrics,
         inline_weights_bytes=INLINE_BYTES,
+        nonfinite=push.nonfinite,
     )
     if push.layout.nbytes <= INLINE_BYTES:
         begin.inline.CopyFrom(to_inline(pieces.assembled() for pieces in push.chunks()))

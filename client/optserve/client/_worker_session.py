@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from optserve.client._caller import Caller, lost
 from optserve.client._connection import CALL_SECONDS, logger
 from optserve.client._heartbeat import Heartbeat
 from optserve.client._session import Session
-from optserve.client._transport import Stream
+from optserve.client._transport import Stream, refusal
 from optserve.v1 import data_pb2, jobs_pb2, workers_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire.chunks import Chunk
@@ -21,11 +21,11 @@ from optserve.wire.errors import (
     OptserveError,
     ProtocolViolationError,
     RolledBackError,
+    ServerError,
     ServerStoppingError,
     ServerUnavailableError,
 )
 from optserve.wire.layout import Layout
-from optserve.wire.reasons import from_detail
 
 SILENCE_SECONDS = 300.0
 """A stream on which nothing moves for so long is broken: a waiting push is told so every 30 s."""
@@ -67,16 +67,25 @@ class WorkerSession:
         self.heartbeat = Heartbeat(self.connection, self.session, answer.lease_seconds, self.who)
         self.connection.attach(self)
         try:
-            self.call(lambda *_: self.settle(), mutates=False)
+            self.call(lambda *_: self.settle())
         except BaseException:
             self.leave()
             raise
 
-    def call(self, action: Callable[[Stream, pb.CallIdentity], Result], *, mutates: bool = True) -> Result:
+    def restores(self) -> frozenset[str]:
+        """The lineages that this client itself has begun so far."""
+        return frozenset(self._restored)
+
+    def call(
+        self, action: Callable[[Stream, pb.CallIdentity], Result], known_restores: Collection[str] | None = None
+    ) -> Result:
         """The action on the open stream, repeated with the same identity while the server is away.
 
-        It calls settle() once the whole answer is read; otherwise the stream is given up.
+        It calls settle() once the whole answer is read, otherwise the stream is given up; and applied() if it changes the job.
+        known_restores: restores() as it was when a call that changes the job was begun. One begun before a restore is not
+        repeated after it: what it brings is of the state that is gone. None: the call changes nothing.
         """
+        known: Collection[str] = self._restored if known_restores is None else known_restores
         backoff = self.connection.backoff()
         repeat = joined_again = False
         while True:
@@ -84,9 +93,7 @@ class WorkerSession:
             try:
                 stream = self._opened(repeat)
                 repeat, self._settled = True, False
-                result = action(stream, self.session.identity())
-                self.session.seq += mutates
-                return result
+                return action(stream, self.session.identity())
             except (ServerUnavailableError, ServerStoppingError) as error:
                 self.drop()
                 self.check_open()
@@ -101,7 +108,7 @@ class WorkerSession:
                 self.session.rolled_back(error)
                 self._job_session.rolled_back(error)  # said once to a client, not once more by its job
                 self._rewind(int(error.metadata.get("schedule_steps", self.schedule_steps)))
-                if error.metadata.get("lineage_id") not in self._restored:
+                if error.metadata.get("lineage_id") not in known:
                     raise
             except FencedError as error:
                 self._end(str(error))
@@ -113,6 +120,11 @@ class WorkerSession:
                 if not self._settled:
                     self.drop()
 
+    def applied(self, seq: int, position: pb.Position) -> None:
+        """The server has applied this call, whatever becomes of the rest of its answer: the next one has the next number."""
+        self.session.seq = seq
+        self.session.saw(position)
+
     def settle(self) -> None:
         """The answer is read whole: the stream can take the next request."""
         self._settled = True
@@ -122,12 +134,12 @@ class WorkerSession:
         item = stream.receive(SILENCE_SECONDS)
         if isinstance(item, Chunk) or not isinstance(item, data_pb2.StreamResponse):
             raise ProtocolViolationError("a chunk came where an answer was expected")
-        content = item.WhichOneof("content")
-        if content in ("error", "goodbye"):
-            detail = item.error if content == "error" else item.goodbye.error
-            if content == "error":
+        refused = refusal(item)
+        if refused is not None:
+            # After a failure of the server itself it is not known what was applied; the next opening asks.
+            if item.HasField("error") and not isinstance(refused, ServerError):
                 self.settle()
-            raise from_detail(detail.reason, detail.message, detail.metadata)
+            raise refused
         return item
 
     def refresh_layout(self) -> None:
@@ -172,7 +184,7 @@ class WorkerSession:
     def _opened(self, repeat: bool) -> Stream:
         if self._must_join:
             answer = self.connection.once(self._join_request(), workers_pb2.JoinResponse, CALL_SECONDS)
-            self._joined(answer)
+            self._joined(answer, repeat)
             self._rewind(answer.schedule_steps)
             logger.info("%s joined again at version %d", self.who, answer.position.version)
             self._must_join = False
@@ -185,9 +197,7 @@ class WorkerSession:
                 raise
             self._stream = stream
             self.session.saw(opened.position)
-            # A repeated call may have been applied before the stream broke; any other count is the server's to say.
-            if not (repeat and opened.last_seq == self.session.seq + 1):
-                self.session.seq = opened.last_seq
+            self._count_from(opened.last_seq, repeat)
         return self._stream
 
     def _open(self, stream: Stream) -> data_pb2.StreamOpened:
@@ -207,11 +217,17 @@ class WorkerSession:
             job_id=session.job_id, session_id=session.session_id, name=self.name, rank=self.rank, seen=session.seen
         )
 
-    def _joined(self, answer: workers_pb2.JoinResponse) -> None:
+    def _joined(self, answer: workers_pb2.JoinResponse, repeat: bool = False) -> None:
         self.name, self.rank = answer.name, answer.rank
-        self.session.epoch, self.session.seq = answer.epoch, answer.last_seq
+        self.session.epoch = answer.epoch
+        self._count_from(answer.last_seq, repeat)
         self.session.saw(answer.position)
         self.layout = Layout.from_proto(answer.layout)
+
+    def _count_from(self, last_seq: int, repeat: bool) -> None:
+        """A repeated call may have been applied before the stream broke; any other count is the server's to say."""
+        if not (repeat and last_seq == self.session.seq + 1):
+            self.session.seq = last_seq
 
     def _rewind(self, schedule_steps: int) -> None:
         """Counted calls that the job has lost are made again; those that other ranks made first are still to come here."""

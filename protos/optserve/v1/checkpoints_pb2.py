@@ -26,7 +26,7 @@ from optserve.v1 import jobs_pb2 as optserve_dot_v1_dot_jobs__pb2
 from optserve.v1 import types_pb2 as optserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptserve/v1/checkpoints.proto\x12\x0boptserve.v1\x1a\x16optserve/v1/jobs.proto\x1a\x17optserve/v1/types.proto\"g\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x14\n\x0ctime_seconds\x18\x04 \x01(\x01\"Z\n\x15SaveCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x04seen\x18\x03 \x01(\x0b\x32\x15.optserve.v1.Position\"E\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.optserve.v1.Checkpoint\"7\n\x17VerifyCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"G\n\x18VerifyCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"Q\n\x18RestoreCheckpointRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\x0c\n\x04name\x18\x02 \x01(\t\"D\n\x19RestoreCheckpointResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"9\n\x19\x44ownloadCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xa6\x01\n\x1a\x44ownloadCheckpointResponse\x12+\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1a.optserve.v1.DownloadBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"h\n\rDownloadBegin\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\x12*\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1b.optserve.v1.CheckpointFile\"P\n\x17\x44\x65leteCheckpointRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\x0c\n\x04name\x18\x02 \x01(\t\"C\n\x18\x44\x65leteCheckpointResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position2\xdb\x04\n\x11\x43heckpointService\x12Y\n\x0eSaveCheckpoint\x12\".optserve.v1.SaveCheckpointRequest\x1a#.optserve.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.optserve.v1.ListCheckpointsRequest\x1a$.optserve.v1.ListCheckpointsResponse\x12_\n\x10VerifyCheckpoint\x12$.optserve.v1.VerifyCheckpointRequest\x1a%.optserve.v1.VerifyCheckpointResponse\x12\x62\n\x11RestoreCheckpoint\x12%.optserve.v1.RestoreCheckpointRequest\x1a&.optserve.v1.RestoreCheckpointResponse\x12g\n\x12\x44ownloadCheckpoint\x12&.optserve.v1.DownloadCheckpointRequest\x1a\'.optserve.v1.DownloadCheckpointResponse0\x01\x12_\n\x10\x44\x65leteCheckpoint\x12$.optserve.v1.DeleteCheckpointRequest\x1a%.optserve.v1.DeleteCheckpointResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptserve/v1/checkpoints.proto\x12\x0boptserve.v1\x1a\x16optserve/v1/jobs.proto\x1a\x17optserve/v1/types.proto\"g\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x14\n\x0ctime_seconds\x18\x04 \x01(\x01\"m\n\x15SaveCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x04seen\x18\x03 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x11\n\toverwrite\x18\x04 \x01(\x08\"E\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.optserve.v1.Checkpoint\"7\n\x17VerifyCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"G\n\x18VerifyCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"Q\n\x18RestoreCheckpointRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\x0c\n\x04name\x18\x02 \x01(\t\"D\n\x19RestoreCheckpointResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"9\n\x19\x44ownloadCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xa6\x01\n\x1a\x44ownloadCheckpointResponse\x12+\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1a.optserve.v1.DownloadBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"h\n\rDownloadBegin\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\x12*\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1b.optserve.v1.CheckpointFile\"P\n\x17\x44\x65leteCheckpointRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\x0c\n\x04name\x18\x02 \x01(\t\"C\n\x18\x44\x65leteCheckpointResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position2\xdb\x04\n\x11\x43heckpointService\x12Y\n\x0eSaveCheckpoint\x12\".optserve.v1.SaveCheckpointRequest\x1a#.optserve.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.optserve.v1.ListCheckpointsRequest\x1a$.optserve.v1.ListCheckpointsResponse\x12_\n\x10VerifyCheckpoint\x12$.optserve.v1.VerifyCheckpointRequest\x1a%.optserve.v1.VerifyCheckpointResponse\x12\x62\n\x11RestoreCheckpoint\x12%.optserve.v1.RestoreCheckpointRequest\x1a&.optserve.v1.RestoreCheckpointResponse\x12g\n\x12\x44ownloadCheckpoint\x12&.optserve.v1.DownloadCheckpointRequest\x1a\'.optserve.v1.DownloadCheckpointResponse0\x01\x12_\n\x10\x44\x65leteCheckpoint\x12$.optserve.v1.DeleteCheckpointRequest\x1a%.optserve.v1.DeleteCheckpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,31 +36,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKPOINT']._serialized_start=95
   _globals['_CHECKPOINT']._serialized_end=198
   _globals['_SAVECHECKPOINTREQUEST']._serialized_start=200
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=290
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=292
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=361
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=363
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=403
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=405
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=476
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=478
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=533
-  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_start=535
-  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_end=606
-  _globals['_RESTORECHECKPOINTREQUEST']._serialized_start=608
-  _globals['_RESTORECHECKPOINTREQUEST']._serialized_end=689
-  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_start=691
-  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_end=759
-  _globals['_DOWNLOADCHECKPOINTREQUEST']._serialized_start=761
-  _globals['_DOWNLOADCHECKPOINTREQUEST']._serialized_end=818
-  _globals['_DOWNLOADCHECKPOINTRESPONSE']._serialized_start=821
-  _globals['_DOWNLOADCHECKPOINTRESPONSE']._serialized_end=987
-  _globals['_DOWNLOADBEGIN']._serialized_start=989
-  _globals['_DOWNLOADBEGIN']._serialized_end=1093
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1095
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1175
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1177
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1244
-  _globals['_CHECKPOINTSERVICE']._serialized_start=1247
-  _globals['_CHECKPOINTSERVICE']._serialized_end=1850
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=309
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=311
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=380
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=382
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=422
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=424
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=495
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=497
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=552
+  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_start=554
+  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_end=625
+  _globals['_RESTORECHECKPOINTREQUEST']._serialized_start=627
+  _globals['_RESTORECHECKPOINTREQUEST']._serialized_end=708
+  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_start=710
+  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_end=778
+  _globals['_DOWNLOADCHECKPOINTREQUEST']._serialized_start=780
+  _globals['_DOWNLOADCHECKPOINTREQUEST']._serialized_end=837
+  _globals['_DOWNLOADCHECKPOINTRESPONSE']._serialized_start=840
+  _globals['_DOWNLOADCHECKPOINTRESPONSE']._serialized_end=1006
+  _globals['_DOWNLOADBEGIN']._serialized_start=1008
+  _globals['_DOWNLOADBEGIN']._serialized_end=1112
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1114
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1194
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1196
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1263
+  _globals['_CHECKPOINTSERVICE']._serialized_start=1266
+  _globals['_CHECKPOINTSERVICE']._serialized_end=1869
 # @@protoc_insertion_point(module_scope)

@@ -21,14 +21,16 @@ class Checkpoint(_message.Message):
     def __init__(self, name: _Optional[str] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., size: _Optional[int] = ..., time_seconds: _Optional[float] = ...) -> None: ...
 
 class SaveCheckpointRequest(_message.Message):
-    __slots__ = ("job_id", "name", "seen")
+    __slots__ = ("job_id", "name", "seen", "overwrite")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
     seen: _types_pb2.Position
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., seen: _Optional[_Union[_types_pb2.Position, _Mapping]] = ...) -> None: ...
+    overwrite: bool
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., seen: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., overwrite: bool = ...) -> None: ...
 
 class SaveCheckpointResponse(_message.Message):
     __slots__ = ("checkpoint",)

@@ -40,7 +40,7 @@ class StreamOpened(_message.Message):
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., last_seq: _Optional[int] = ...) -> None: ...
 
 class PushBegin(_message.Message):
-    __slots__ = ("call", "contribution", "weight", "parameter_count", "absent", "content_fingerprint", "want_weights", "metrics", "inline", "inline_weights_bytes")
+    __slots__ = ("call", "contribution", "weight", "parameter_count", "absent", "content_fingerprint", "want_weights", "metrics", "inline", "inline_weights_bytes", "nonfinite")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class PushBegin(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
     INLINE_WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_FIELD_NUMBER: _ClassVar[int]
     call: _types_pb2.CallIdentity
     contribution: Contribution
     weight: float
@@ -68,7 +69,8 @@ class PushBegin(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     inline: _types_pb2.InlineChunks
     inline_weights_bytes: int
-    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, str]] = ..., weight: _Optional[float] = ..., parameter_count: _Optional[int] = ..., absent: _Optional[_Iterable[int]] = ..., content_fingerprint: _Optional[int] = ..., want_weights: bool = ..., metrics: _Optional[_Mapping[str, float]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ..., inline_weights_bytes: _Optional[int] = ...) -> None: ...
+    nonfinite: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, str]] = ..., weight: _Optional[float] = ..., parameter_count: _Optional[int] = ..., absent: _Optional[_Iterable[int]] = ..., content_fingerprint: _Optional[int] = ..., want_weights: bool = ..., metrics: _Optional[_Mapping[str, float]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ..., inline_weights_bytes: _Optional[int] = ..., nonfinite: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PullWeights(_message.Message):
     __slots__ = ("inline_weights_bytes",)

@@ -22,13 +22,44 @@ logger = logging.getLogger("optserve.server")
 Behaviour = Callable[[Any, Any], Any]
 _PREFIX = "ERROR_REASON_"
 
+_MESSAGE_BYTES = 2 << 10
+_VALUE_BYTES = 256
+_ENTRIES = 16
+_METADATA_BYTES = 1536
+"""Of an error. It comes in trailers, the message twice, the rest in base64; gRPC refuses trailers of more than 8 KiB."""
+
+
+def _cut(text: str, limit: int) -> str:
+    """The text, or its beginning, as long as gRPC percent-encodes it."""
+    size = 0
+    kept = text[:limit].encode(errors="replace").decode()
+    for index, char in enumerate(kept):
+        size += 1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode())
+        if size > limit:
+            return kept[: max(0, index - 3)] + "..."
+    return kept if len(text) <= limit else kept[:-3] + "..."
+
+
+def _short(metadata: Mapping[str, str]) -> dict[str, str]:
+    """As much of an error's metadata as trailers hold."""
+    kept: dict[str, str] = {}
+    left = _METADATA_BYTES
+    for key, value in list(metadata.items())[:_ENTRIES]:
+        cut = _cut(value, _VALUE_BYTES)
+        left -= len(key) + len(cut.encode()) + 8
+        if left < 0:
+            break
+        kept[key] = cut
+    return kept
+
 
 def abort(context: grpc.ServicerContext, error: OptserveError) -> NoReturn:
     """Ends a call with the error's status and a google.rpc.ErrorInfo."""
     reason = types_pb2.ErrorReason.Name(error.reason).removeprefix(_PREFIX)
     info = any_pb2.Any()
-    info.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=error.metadata))
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=str(error), details=[info])
+    info.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_short(error.metadata)))
+    message = _cut(str(error), _MESSAGE_BYTES)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message, details=[info])
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("unreachable: abort raises")
 

@@ -114,8 +114,10 @@ def test_workers_that_connect_to_a_server_train_the_job_to_the_end(tmp_path: Pat
     assert len(endings) == 1
     assert float(endings.pop().removeprefix("accuracy ")) >= 0.93
     late = subprocess.run(command, capture_output=True, text=True, env=_environment(tmp_path), check=False)
-    assert "is trained already" in late.stdout
+    assert "'connected' is trained already: step 138\n" in late.stdout
     assert late.stdout.strip().splitlines()[-1].startswith("accuracy 0.")
+    more = subprocess.run([*command, "--epochs", "3"], capture_output=True, text=True, env=_environment(tmp_path), check=False)
+    assert "'connected' is trained already: step 138, more than the 69 asked for\n" in more.stdout
     with connect(address) as server:
         server.job("connected").delete()
 

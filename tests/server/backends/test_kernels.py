@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference import VARIANTS
+from reference import VARIANTS, Variant
 
 from optserve.server.backends import select
 from optserve.server.backends.numba import source
@@ -67,9 +67,9 @@ def test_backends_equal_the_formula_run_as_python(formula: Any, swapped: bool, d
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_no_multiplication_is_fused_with_an_addition(variant: tuple[str, dict[str, Any]]) -> None:
-    optimizer = find(variant[0])
-    group = {**optimizer.defaults, **variant[1]}
+def test_no_multiplication_is_fused_with_an_addition(variant: Variant) -> None:
+    optimizer = find(variant.optimizer)
+    group = {**optimizer.defaults, **variant.options}
     kernel = select("numba").kernel(optimizer, optimizer.options(group), np.dtype(np.float32))
     assembly = "".join(text for loop in kernel._loops.values() for text in loop.inspect_asm().values())
     assert re.search(r"\bv?mulps\b", assembly) or "fmul" in assembly, "vectorised"

@@ -55,12 +55,13 @@ def test_a_restore_after_a_branch_keeps_what_both_share() -> None:
     assert rolled_back(history, "b", 21, 25) == ("21", "20")
 
 
-def test_a_lineage_that_is_not_known_shares_what_this_one_began_with() -> None:
-    """kill -9: the lineage of the lost start was never written down."""
+def test_a_lineage_that_is_not_known_is_reported_as_lost() -> None:
+    """kill -9: the lineage of the lost start was never written down, so nobody knows what of it is still there."""
     history = History.from_document(History("a").to_document())
     history.branch("c", 10)
-    assert rolled_back(history, "lost", 10, 12) is None
+    assert rolled_back(history, "lost", 9, 12) == ("9", "10")
     assert rolled_back(history, "lost", 11, 12) == ("11", "10")
+    assert rolled_back(history, "lost", 0, 12) is None
 
 
 def test_a_history_comes_back_from_its_document() -> None:

@@ -14,13 +14,13 @@ def vote(
     rank: int,
     weight: float = 1.0,
     *,
-    absent: tuple[int, ...] = (),
+    present: tuple[int, ...] = (),
     found_inf: bool = False,
     contributes: bool | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Vote:
     counts = weight > 0 and not found_inf if contributes is None else contributes
-    return Vote(rank, weight, counts, found_inf, frozenset(absent), metrics or {})
+    return Vote(rank, weight, counts, found_inf, frozenset(present), metrics or {})
 
 
 def test_equal_weights_give_the_plain_mean_exactly() -> None:
@@ -44,12 +44,17 @@ def test_a_rank_of_weight_zero_does_not_contribute() -> None:
 
 
 def test_absent_are_the_parameters_that_no_contributing_rank_sent() -> None:
-    votes = [vote(0, absent=(0, 1, 2)), vote(1, absent=(1, 2, 3)), vote(2, 0.0, absent=())]
+    votes = [vote(0, present=(3,)), vote(1, present=(0,)), vote(2, 0.0, present=(0, 1, 2, 3))]
     assert decide(votes, 1.0, 1.0, 4).absent == {1, 2}
 
 
 def test_a_job_whose_ranks_sent_everything_has_no_absent_parameter() -> None:
-    assert decide([vote(0), vote(1)], 1.0, 1.0, 3).absent == frozenset()
+    votes = [vote(0, present=(0, 1, 2)), vote(1, present=(0, 1))]
+    assert decide(votes, 1.0, 1.0, 3).absent == frozenset()
+
+
+def test_a_parameter_that_was_added_after_a_push_began_is_absent_from_it() -> None:
+    assert decide([vote(0, present=(0, 1)), vote(1, present=(0, 1))], 1.0, 1.0, 3).absent == {2}
 
 
 @pytest.mark.parametrize("votes", [[vote(0, 0.0), vote(1, 0.0)], []])

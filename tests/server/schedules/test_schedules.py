@@ -1,6 +1,7 @@
 """Schedules against torch's own schedulers, bit for bit."""
 
 import json
+import re
 import warnings
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch.optim import lr_scheduler
 
 from optserve.server import schedules
 from optserve.server.schedules import ScheduleState
+from optserve.server.schedules.table import SCHEDULES, checked_arguments, find
+from optserve.v1 import optimizer_pb2
 from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError, InvalidStateDictError, UnknownScheduleError
+from optserve.wire.values import from_hyperparameters, to_hyperparameters
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("StepLR", {"step_size": 7}),
@@ -133,6 +137,10 @@ class TestTorch:
         assert "initial_lr" not in pair.groups[-1]
 
 
+def test_every_schedule_is_compared() -> None:
+    assert {name for name, _ in CASES} == {schedule.name for schedule in SCHEDULES.values()}
+
+
 def test_torch_itself_fails_for_a_group_added_under_cosine_annealing() -> None:
     pair = Pair("CosineAnnealingLR", {"T_max": 3})
     pair.add_group(0.25)
@@ -159,7 +167,8 @@ def test_only_what_changes_is_an_edit() -> None:
 
 @pytest.mark.parametrize("name", ["StepLr2", "", "ReduceLR", "exponential"])
 def test_an_unknown_schedule_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(UnknownScheduleError, match=r"known: StepLR, MultiStepLR, LinearLR, ExponentialLR, CosineAnnealingLR"):
+    known = ", ".join(schedule.name for schedule in SCHEDULES.values())
+    with pytest.raises(UnknownScheduleError, match=re.escape(f"known: {known}")):
         schedules.create(name, {}, [{"lr": 0.1}])
 
 
@@ -258,3 +267,35 @@ def test_a_document_of_a_stranger_is_checked(change: dict[str, Any]) -> None:
 def test_a_document_of_another_kind_is_refused(document: object) -> None:
     with pytest.raises(InvalidStateDictError):
         ScheduleState.from_document(document)
+
+
+WHOLE = [("StepLR", "step_size"), ("LinearLR", "total_iters"), ("CosineAnnealingLR", "T_max")]
+
+
+@pytest.mark.parametrize("value", [1e19, 2.0**63, 1 << 63, 1 << 200, -(1 << 63), 1e308])
+@pytest.mark.parametrize(("name", "argument"), [*WHOLE, ("MultiStepLR", "milestones"), ("StepLR", "last_epoch")])
+def test_a_whole_number_beyond_64_bits_is_refused(name: str, argument: str, value: float) -> None:
+    base = {"StepLR": {"step_size": 3}, "CosineAnnealingLR": {"T_max": 3}}.get(name, {})
+    given = {**base, argument: (1, value) if argument == "milestones" else value}
+    with pytest.raises(InvalidHyperparameterError, match=argument):
+        schedules.create(name, given, [{"lr": 0.1, "initial_lr": 0.1}])
+
+
+LARGEST: list[tuple[str, dict[str, Any]]] = [
+    *[(name, {argument: value}) for name, argument in WHOLE for value in ((1 << 63) - 1, 2.0**62, 1e18, 1.5)],
+    ("MultiStepLR", {"milestones": (1, 2**53)}),
+    ("StepLR", {"step_size": 3, "last_epoch": 1 << 53}),
+    ("ExponentialLR", {"gamma": 5e-324}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), [*CASES, *LARGEST])
+def test_what_is_accepted_survives_documents_and_messages(name: str, arguments: dict[str, Any]) -> None:
+    state, _ = schedules.create(name, arguments, [{"lr": 0.1, "initial_lr": 0.1}])
+    for _ in range(2):
+        document = json.loads(json.dumps(state.to_document(), allow_nan=False))
+        assert ScheduleState.from_document(document) == state
+        sent = from_hyperparameters(to_hyperparameters(state.arguments))
+        assert checked_arguments(find(name), sent) == state.arguments
+        optimizer_pb2.Schedule(name=state.name, last_epoch=state.last_epoch)
+        state, _ = schedules.step(state, [{"lr": 0.1, "initial_lr": 0.1}])

@@ -131,8 +131,6 @@ def test_padding_stays_zero_even_where_a_step_divides_zero_by_zero(backend: str,
     with store.reading() as arrays:
         assert np.flatnonzero(arrays[0].astype(np.float32) != 0).tolist() == [*range(5), *range(32, 38)]
     assert gradients[0].all(), "gradients are never changed"
-    store.clear_padding(gradients)
-    assert np.flatnonzero(gradients[0]).tolist() == [*range(5), *range(32, 38)]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def demo(workers: int, epochs: int, output: Path, backend: str, address: str | N
     """Train a small network on scikit-learn's digits, data-parallel, through a server.
 
     Starts a server and the workers as processes of their own, saves a checkpoint half-way, goes on, restores it, trains to the
-    end, and ends everything that it started. Takes less than a minute. The last line is `accuracy 0.97`, or what it came to.
+    end, and ends everything that it started. Takes less than a minute. The last line is the accuracy, about 0.98.
     """
     require("demo", "demo", ["sklearn"] if address else [*EXTRAS["demo"], *SERVER_NEEDS])
     from optserve.cli.demo import participant, show

@@ -29,7 +29,8 @@ def _train(server: Server, name: str, plan: Plan, data: digits.Digits, rank: int
     job = attach(server, name, plan)
     step = job.info().position.step
     if step >= plan.steps:
-        click.echo(f"{name!r} is trained already: it stands at step {step} of {plan.steps}")
+        standing = f"step {step}" if step == plan.steps else f"step {step}, more than the {plan.steps} asked for"
+        click.echo(f"{name!r} is trained already: {standing}")
         return job.pull()
     with job.join(rank=rank) as worker:
         click.echo(f"joined {name!r} as rank {worker.rank} of {plan.workers}")

@@ -135,7 +135,8 @@ class Trainer:
     def _keep_schedule(self, step: int) -> None:
         """Steps the schedule until it stands where the epoch does. Every worker does so; together they step it once."""
         while self._epoch < step // self._plan.steps_per_epoch:
-            self._epoch = self._worker.step_schedule().last_epoch
+            schedule = self._worker.step_schedule()
+            self._epoch = self._plan.epochs if schedule is None else schedule.last_epoch  # None: removed meanwhile
 
     def _rehearse(self, step: int, weights: model.Weights) -> bool:
         """Rank 0 only: the checkpoint, and later the restore (True), of which the others hear as RolledBackError."""

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from optserve.server import backends, interceptors
 from optserve.server.app.config import ServerConfig, check_address
 from optserve.server.app.files import lock, write_whole
+from optserve.server.app.listening import check_free
 from optserve.server.durability.archive import SHUTDOWN, Archive
 from optserve.server.durability.checkpoints import Checkpoints
 from optserve.server.durability.journal import NullJournal
@@ -23,6 +25,7 @@ from optserve.server.records import new_id
 from optserve.server.rounds.registry import Registry
 from optserve.server.services.checkpoints import CheckpointService
 from optserve.server.services.data import DataService
+from optserve.server.services.folders import Folders
 from optserve.server.services.jobs import JobService
 from optserve.server.services.optimizer import OptimizerService
 from optserve.server.services.server import ServerService
@@ -63,27 +66,42 @@ class App:
         check_address(config)
         self.config = config
         self.backend = backends.select(config.backend)
-        self._lock_file = None if config.data_dir is None else lock(config.data_dir)
-        storage = MemoryStorage() if config.data_dir is None else DiskStorage(config.data_dir)
-        self._archive = Archive(Checkpoints(storage))
+        self._held = ExitStack()  # closed last to first: the address file, the pools, the data dir
         self.registry = Registry(self.backend, lambda _: NullJournal())
-        for job in self._archive.recover(self.backend):
-            self.registry.adopt(job)
+        try:
+            self._archive = self._recovered()
+        except BaseException:
+            self._held.close()
+            raise
+        self._folders = Folders(self.registry, self._archive)
         self._data = DataService(self.registry, config.max_streams)
         self.handlers = self._handlers()
         self.address: str | None = None
         self._server: grpc.Server | None = None
-        self._pools: list[ThreadPoolExecutor] = []
         self._health: health.HealthServicer | None = None
+        self._stopped = False
+
+    def _recovered(self) -> Archive:
+        """The archive, once its jobs are in the registry."""
+        if self.config.data_dir is not None and (descriptor := lock(self.config.data_dir)) is not None:
+            self._held.callback(os.close, descriptor)
+        storage = MemoryStorage() if self.config.data_dir is None else DiskStorage(self.config.data_dir)
+        archive = Archive(Checkpoints(storage))
+        for job in archive.recover(self.backend):
+            try:
+                self.registry.adopt(job)
+            except errors.JobExistsError as error:
+                logger.error("job %s does not continue, its checkpoints stay where they are: %s", job.job_id, error)
+        return archive
 
     def _handlers(self) -> Handlers:
         services = {
-            "JobService": JobService(self.registry, self._archive),
-            "WorkerService": WorkerService(self.registry),
+            "JobService": JobService(self.registry, self._archive, self._folders),
+            "WorkerService": WorkerService(self.registry, self._folders),
             "DataService": self._data,
             "OptimizerService": OptimizerService(self.registry),
             "StateService": StateService(self.registry),
-            "CheckpointService": CheckpointService(self.registry, self._archive),
+            "CheckpointService": CheckpointService(self.registry, self._archive, self._folders),
             "ServerService": ServerService(
                 self.registry,
                 metadata.version("optserve"),
@@ -98,11 +116,13 @@ class App:
         """Listens; the address with its real port. AddressInUseError if it is taken."""
         if self.config.address is None:
             raise errors.InvalidArgumentError("this server has no address to listen on")
+        check_free(self.config.address)
         pools = {
             "stream": self._pool("stream", self.config.max_streams + 8),
             "bulk": self._pool("bulk", 16),
             "waiting": self._pool("waiting", 256),
             "control": self._pool("control", 8),
+            "heartbeat": self._pool("heartbeat", 4),
         }
         self._server = grpc.server(pools["control"], options=OPTIONS)
         self._server.add_generic_rpc_handlers(interceptors.handlers(self.handlers, lambda path: pools[_pool_of(path)]))
@@ -113,14 +133,13 @@ class App:
         try:
             port = self._server.add_insecure_port(self.config.address)
         except RuntimeError as error:
-            raise errors.AddressInUseError(
-                f"cannot listen on {self.config.address}: it is in use, or not an address of this machine"
-            ) from error
+            raise errors.AddressInUseError(f"cannot listen on {self.config.address}: gRPC refused it") from error
         self._server.start()
         for name in ("", *names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{self.config.address.rpartition(':')[0]}:{port}"
         if self.config.address_file is not None:
+            self._held.callback(self.config.address_file.unlink, missing_ok=True)
             write_whole(self.config.address_file, self.address)
         return self.address
 
@@ -128,40 +147,51 @@ class App:
         """Deletes unnamed jobs whose creator is gone. Called every second while the server runs."""
         for job_id in self.registry.expired():
             logger.info("unnamed job %s: its session ended", job_id)
-            self.registry.delete(job_id)
-            self._archive.checkpoints.delete_folder(job_id)
+            try:
+                self._folders.delete(job_id)
+            except errors.OptserveError as error:
+                logger.error("unnamed job %s: its checkpoints stay until the next start: %s", job_id, error)
 
     def stop(self, grace_seconds: float = _STOP_GRACE_SECONDS) -> None:
-        """Refuses new calls, ends waits with ServerStoppingError, lets what is being applied finish, then saves. Idempotent."""
+        """Refuses new calls, ends waits with ServerStoppingError, lets what is being applied finish, then saves. Idempotent.
+
+        Everything is let go even if a job cannot be saved; the first error is then raised.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        with self._held:
+            self._end_calls(grace_seconds)
+            if self.config.data_dir is not None:
+                self._save_all()
+
+    def _end_calls(self, grace_seconds: float) -> None:
         if self._health is not None:
             self._health.enter_graceful_shutdown()
-        running = self.registry.close(errors.ServerStoppingError("the server is stopping"))
+        self.registry.close(errors.ServerStoppingError("the server is stopping"))
         self._data.streams.hang_up()
         if self._server is not None:
             self._server.stop(grace_seconds).wait(grace_seconds + 5)
             self._server = None
-        if self.config.data_dir is not None:
-            self._save_all([entry.host.job.job_id for entry in running if entry.job.initialized and entry.job.name])
-        for pool in self._pools:
-            pool.shutdown(wait=True, cancel_futures=True)
-        self._pools.clear()
-        if self.config.address_file is not None:
-            self.config.address_file.unlink(missing_ok=True)
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
 
-    def _save_all(self, job_ids: list[str]) -> None:
+    def _save_all(self) -> None:
+        first: Exception | None = None
         for running in self.registry.all():
-            if running.job.job_id not in job_ids:
+            job = running.job
+            if not (job.initialized and job.name):
                 continue
-            document, tensors = running.host.capture()
-            info = self._archive.save(running.job.job_id, SHUTDOWN, document, tensors, replace=True)
-            logger.info("job %r: saved at version %d, %d bytes", running.job.name, running.job.position.version, info.size)
+            try:
+                info = self._folders.save(running.host, SHUTDOWN, replace=True)
+                logger.info("job %r: saved at version %d, %d bytes", job.name, job.position.version, info.size)
+            except Exception as error:
+                logger.error("job %r: not saved at version %d: %s", job.name, job.position.version, error)
+                first = first or error
+        if first is not None:
+            raise first
 
     def _pool(self, name: str, size: int) -> ThreadPoolExecutor:
         pool = ThreadPoolExecutor(size, thread_name_prefix=f"optserve-{name}")
-        self._pools.append(pool)
+        self._held.callback(pool.shutdown, wait=True, cancel_futures=True)
         return pool
 
 
@@ -171,4 +201,6 @@ def _pool_of(path: str) -> str:
         return "stream"
     if name in _WAITING:
         return "waiting"
+    if name == "Heartbeat":
+        return "heartbeat"
     return "bulk" if name in _BULK or "Checkpoint" in name else "control"

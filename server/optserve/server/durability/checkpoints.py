@@ -29,6 +29,9 @@ from optserve.wire.errors import (
 
 _LOG = logging.getLogger(__name__)
 
+_NAMES_SHOWN = 8
+"""Of the checkpoints that a message lists."""
+
 Array = safetensors.Array
 
 
@@ -127,7 +130,7 @@ class Checkpoints:
         return sorted(found, key=lambda info: (info.time_seconds, info.name))
 
     def info(self, folder: str, name: str) -> Info:
-        """From the manifest alone. CheckpointNotFoundError lists the names that exist."""
+        """From the manifest alone. CheckpointNotFoundError names some that exist."""
         with self._opened(folder, name, MANIFEST) as readers:
             return _info(name, _manifest(readers, _what(name)), readers[MANIFEST].size)
 
@@ -212,8 +215,10 @@ class Checkpoints:
             yield readers
 
     def _not_found(self, folder: str, name: str) -> CheckpointNotFoundError:
-        known = ", ".join(repr(entry) for entry in self._shelves.names(self._shelf(folder)))
-        return CheckpointNotFoundError(f"no checkpoint {name!r}; known: {known or 'none'}", name=name)
+        names = self._shelves.names(self._shelf(folder))
+        known = ", ".join(repr(entry) for entry in names[:_NAMES_SHOWN]) or "none"
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        return CheckpointNotFoundError(f"no checkpoint {name!r}; known: {known}{more}", name=name)
 
 
 class _Fingerprinting:

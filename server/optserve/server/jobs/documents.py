@@ -77,7 +77,8 @@ class Document:
             odd = sorted(set(theirs) ^ set(ours))[:4] or ["their order or grouping"]
             raise errors.CheckpointMismatchError(
                 f"the checkpoint has {len(theirs)} parameters in {len(self.group_parameters)} groups, the job "
-                f"{len(ours)} in {len(group_parameters)}; they differ in {', '.join(odd)}"
+                f"{len(ours)} in {len(group_parameters)}; they differ in {', '.join(odd)}; a new job can be made of it "
+                "(download it, then create_job(name, from_checkpoint=...))"
             )
 
 

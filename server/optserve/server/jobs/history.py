@@ -28,16 +28,21 @@ class History:
     def check(self, lineage_id: str, version: int, now: Position, **facts: object) -> None:
         """RolledBackError if a client that saw (lineage, version) saw something that the job no longer has.
 
-        A lineage that is not known began and ended after what the job was restored from: it shares what this one began with.
+        A lineage that is not known began after the last checkpoint and ended with a kill: what it held is not known either.
         """
+        if not lineage_id or not version:
+            return
+        known = lineage_id == self.lineage_id or lineage_id in self.ended
         end = now.version if lineage_id == self.lineage_id else self.ended.get(lineage_id, self.began_at)
-        if lineage_id and version > end:
-            raise errors.RolledBackError(
-                f"the job stands before what this client saw: version {version} is gone, it went back to version {end} "
-                f"and is at version {now.version}, step {now.step}; pull the weights and go on from there",
-                **{"from": version, "to": end, "lineage_id": now.lineage_id, "version": now.version, "step": now.step},
-                **facts,
-            )
+        if known and version <= end:
+            return
+        what = f"version {version} is gone, it went back to version {end}" if known else "its history was lost in a kill"
+        raise errors.RolledBackError(
+            f"the job stands before what this client saw: {what} and is at version {now.version}, step {now.step}; "
+            "pull the weights and go on from there",
+            **{"from": version, "to": end, "lineage_id": now.lineage_id, "version": now.version, "step": now.step},
+            **facts,
+        )
 
     def to_document(self) -> dict[str, Any]:
         return {"lineage_id": self.lineage_id, "ended": self.ended}

@@ -94,18 +94,35 @@ class Job:
 
     def checked_step(self, count: int, metric: float | None) -> None:
         """Refuses a schedule step that cannot be made, and a worker's counted one that does not fit the other ranks'."""
+        if 0 < count <= self.schedule_steps:
+            if self.schedule_metrics.get(count, metric) != metric:
+                raise errors.RanksDisagreeError(
+                    f"schedule step {count} was made with the metric {self.schedule_metrics[count]}, this rank has {metric}"
+                )
+            return
         if self.schedule is None:
             raise errors.InvalidArgumentError("the job has no schedule; set one with set_lr_schedule")
-        if not 0 < count <= self.schedule_steps:
-            schedules.step(self.schedule, self.groups, metric)
         if count > self.schedule_steps + 1:
             raise errors.SequenceGapError(
                 f"schedule step {count} came after step {self.schedule_steps}; step {self.schedule_steps + 1} is next"
             )
-        if 0 < count <= self.schedule_steps and self.schedule_metrics.get(count, metric) != metric:
-            raise errors.RanksDisagreeError(
-                f"schedule step {count} was made with the metric {self.schedule_metrics[count]}, this rank has {metric}"
+        schedules.step(self.schedule, self.groups, metric)
+
+    def checked_state(self, record: StateLoaded) -> None:
+        """InvalidStateDictError if a state_dict does not fit."""
+        if len(record.groups) != len(self.groups):
+            raise errors.InvalidStateDictError(
+                f"{len(record.groups)} groups were loaded; the job has {len(self.groups)} by now"
             )
+        self.store.check(StoreState({}, dict(record.state), dict(record.steps)), with_values=False)
+
+    def checked_restore(self, record: Restored) -> None:
+        """CheckpointMismatchError if a checkpoint does not fit."""
+        document = self.checked_document(record.document)
+        try:
+            self.store.check(StoreState(dict(record.parameters), dict(record.state), document.steps), with_values=True)
+        except errors.InvalidStateDictError as error:
+            raise errors.CheckpointMismatchError(f"the checkpoint does not fit the job: {error}") from error
 
     def apply(self, record: Record) -> Result:
         """Changes the job as the record says and stores the result for its caller. The record was checked before."""

@@ -39,6 +39,10 @@ class Sessions:
     def member_at(self, rank: int) -> Member | None:
         return next((member for member in self.members.values() if member.rank == rank), None)
 
+    def is_worker(self, session_id: str) -> bool:
+        """Whether the session is a member, or was one until it was fenced: its calls must carry its epoch."""
+        return session_id in self.fenced or self.member_of(session_id) is not None
+
     def check_member(self, session_id: str, epoch: int) -> Member:
         """The member that a worker's call is from. FencedError or NotJoinedError."""
         member = self.member_of(session_id)
@@ -84,7 +88,12 @@ class Sessions:
 
     def join(self, name: str, rank: int, session_id: str, epoch: int) -> None:
         """Gives a session a name and a rank; the former holders of both are fenced."""
-        for former in [entry for entry in self.members.values() if entry.name == name or entry.rank == rank]:
+        held = [
+            entry
+            for entry in self.members.values()
+            if session_id == entry.session_id or name == entry.name or rank == entry.rank
+        ]
+        for former in held:
             if former.session_id != session_id:
                 self.fenced[former.session_id] = f"worker {former.name!r} (rank {former.rank}) was replaced by a newer one"
             del self.members[former.name]

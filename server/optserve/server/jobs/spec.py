@@ -22,6 +22,12 @@ _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 _PARAMETER_BYTES = 48
 """What a parameter takes in a message beside its name, which is said twice."""
 
+_GROUP_BYTES = 800
+"""What a group's hyperparameters take: 400 each, as the spec gives them and as they are now."""
+
+_MOST_WORKERS = 4096
+"""A round keeps books on each of its ranks, present or not."""
+
 Choice = TypeVar("Choice", bound=int)
 
 Declared = list[tuple[str, tuple[int, ...], np.dtype[np.generic]]]
@@ -100,11 +106,12 @@ def edited(optimizer: Optimizer, group: Mapping[str, Value], changes: Mapping[st
     return merged if "lr" in changes else {**merged, "lr": lr}
 
 
-def check_table(names: Sequence[str]) -> None:
-    """InvalidArgumentError if a job's parameters are so many that a message could not describe them."""
-    if sum(2 * len(name) + _PARAMETER_BYTES for name in names) > MAX_MESSAGE_BYTES:
+def check_table(names: Sequence[str], groups: int = 1) -> None:
+    """InvalidArgumentError if a job's parameters and groups are so many that a message could not describe them."""
+    if sum(2 * len(name.encode()) + _PARAMETER_BYTES for name in names) + groups * _GROUP_BYTES > MAX_MESSAGE_BYTES:
         raise errors.InvalidArgumentError(
-            f"the job has {len(names)} parameters, more than a message can describe; join small ones into larger arrays"
+            f"the job has {len(names)} parameters in {groups} groups, more than a message can describe; "
+            "join small parameters into larger arrays, and groups of the same hyperparameters into one"
         )
 
 
@@ -135,6 +142,8 @@ def plan(spec: jobs_pb2.JobSpec) -> Plan:
         raise errors.InvalidArgumentError("optimizer got an empty parameter list")
     if spec.workers < 1:
         raise errors.InvalidArgumentError("a job has at least 1 worker; workers is 0")
+    if spec.workers > _MOST_WORKERS:
+        raise errors.InvalidArgumentError(f"a job has at most {_MOST_WORKERS} workers; workers is {spec.workers}")
     full = jobs_pb2.JobSpec()
     full.CopyFrom(spec)
     full.optimizer = optimizer.name
@@ -149,7 +158,7 @@ def plan(spec: jobs_pb2.JobSpec) -> Plan:
         if not (math.isfinite(seconds) and seconds > 0):
             raise errors.InvalidArgumentError(f"{name} is {seconds}; it must be a finite number of seconds above 0")
         setattr(full, name, seconds)
-    check_table([entry.name for group in spec.groups for entry in group.parameters])
+    check_table([entry.name for group in spec.groups for entry in group.parameters], len(spec.groups))
     defaults = from_hyperparameters(spec.defaults)
     groups = [hyperparameters(optimizer, defaults, from_hyperparameters(group.hyperparameters)) for group in spec.groups]
     return Plan(full, optimizer, groups, [declared(group.parameters) for group in spec.groups])

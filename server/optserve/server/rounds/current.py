@@ -194,6 +194,10 @@ class CurrentRound:
         except errors.OptserveError as error:
             self.fail(gather, error)
             return
+        except Exception as defect:
+            logger.exception("a defect while round %d was applied", self.number)
+            self.fail(gather, errors.InternalError(f"round {self.number} could not be applied: {defect!r}"))
+            return
         self.last_rank = last_rank
         self.gather = None
         for push in pushes:

@@ -17,7 +17,7 @@ class Vote:
     weight: float
     contributes: bool
     found_inf: bool
-    absent: frozenset[int]
+    present: frozenset[int]
     metrics: Mapping[str, float]
 
 
@@ -34,7 +34,7 @@ def decide(votes: Sequence[Vote], base_weight: float, sum_of_squares: float, par
     if not contributors:
         return Decision((), 1.0, frozenset(), 0.0, "no weight", metrics)
     scale = 1.0 / sum(vote.weight / base_weight for vote in contributors)
-    absent = frozenset(range(parameters)).intersection(*(vote.absent for vote in contributors))
+    absent = frozenset(range(parameters)).difference(*(vote.present for vote in contributors))
     if not math.isfinite(sum_of_squares):
         return Decision(ranks, scale, absent, 0.0, "nonfinite", metrics)
     return Decision(ranks, scale, absent, math.sqrt(sum_of_squares) * scale, "", metrics)

@@ -1,4 +1,4 @@
-"""The last thousand things that happened to a job, for `optserve job events`."""
+"""What happened to a job, for `optserve job events`: the last thousand rounds, and the last thousand other things."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ class EventLog:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._events: deque[Event] = deque(maxlen=_KEPT)
+        self._rounds: deque[Event] = deque(maxlen=_KEPT)
+        self._others: deque[Event] = deque(maxlen=_KEPT)
         self._count = 0
 
     def publish(self, kind: str, position: Position, message: str, fields: Mapping[str, str]) -> None:
         """Adds one."""
         with self._changed:
             self._count += 1
-            self._events.append(Event(self._count, time.time(), kind, position, message, fields))
+            kept = self._rounds if kind == "round" else self._others
+            kept.append(Event(self._count, time.time(), kind, position, message, fields))
             self._changed.notify_all()
 
     def after(self, index: int, wait_seconds: float, alive: Callable[[], bool]) -> list[Event]:
         """Events with a larger index; if there are none, waits that long for one."""
         with self._changed:
             self._changed.wait_for(lambda: self._count > index or not alive(), wait_seconds)
-            return [event for event in self._events if event.index > index]
+            found = [event for kept in (self._others, self._rounds) for event in kept if event.index > index]
+            return sorted(found, key=lambda event: event.index)
 
     def wake(self) -> None:
         """Lets waiters look whether their caller still lives."""

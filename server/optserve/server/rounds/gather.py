@@ -8,6 +8,7 @@ falls out, the round's sum is void and everybody sends again.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from optserve.wire import errors
 from optserve.wire.chunks import CHUNK_BYTES, Chunk, Coverage
 from optserve.wire.layout import Layout
 
+logger = logging.getLogger("optserve.server")
+
 Key = tuple[int, int]
 """(array id, block of its grid)."""
 
@@ -39,7 +42,8 @@ class Contribution:
     caller: Caller
     kind: data_pb2.Contribution
     weight: float
-    absent: frozenset[int]
+    present: frozenset[int]
+    """Indices of the parameters that have a gradient."""
     metrics: Mapping[str, float]
     coverage: dict[int, Coverage]
     """What has not come yet, by array."""
@@ -63,7 +67,7 @@ class Contribution:
 
     def vote(self) -> Vote:
         found_inf = self.found_inf or self.kind == data_pb2.CONTRIBUTION_NONFINITE
-        return Vote(self.member.rank, self.weight, self.folds, found_inf, self.absent, self.metrics)
+        return Vote(self.member.rank, self.weight, self.folds, found_inf, self.present, self.metrics)
 
 
 class Gather:
@@ -220,7 +224,11 @@ class Gather:
                 return
             self._busy.add(key)
         while turn is not None:
-            squares, error = self._add(key, *turn)
+            try:
+                squares, error = self._add(key, *turn)
+            except Exception as defect:
+                logger.exception("a defect while block %s was folded", key)
+                squares, error = None, errors.InternalError(f"the gradient could not be folded: {defect!r}")
             with self._changed:
                 self._added(key, turn[0], squares, error)
                 turn = self._turn(key)
@@ -252,16 +260,13 @@ class Gather:
 
     def _fault(self, key: Key, contribution: Contribution, values: npt.NDArray[np.generic]) -> errors.OptserveError | None:
         """Why a block must not be folded."""
-        who = f"rank {contribution.member.rank} {contribution.member.name!r}"
         if not self._backend.finite(values):
-            return errors.NonfiniteGradientError(
-                f"the gradient of {who} holds NaN or Inf in {', '.join(self._names(key))}; nothing was applied, push again",
-                rank=contribution.member.rank,
-            )
+            return nonfinite(contribution.member, self._names(key))
         padding = self.layout.padding(*key)
         if padding.size and values[padding].astype(np.float32).any():
             return errors.InvalidChunkError(
-                f"the gradient of {who} is not zero between the parameters of block {key[1]} of array {key[0]}"
+                f"the gradient of rank {contribution.member.rank} is not zero between the parameters in block {key[1]} "
+                f"of array {key[0]}"
             )
         return None
 
@@ -284,4 +289,13 @@ class Gather:
             repr(place.name)
             for place in self.layout.places
             if place.array_id == array_id and block in self.layout.blocks_of([place.index]).get(array_id, [])
-        ][:4]
+        ]
+
+
+def nonfinite(member: Member, names: list[str]) -> errors.NonfiniteGradientError:
+    """For the sender of NaN or Inf; `names` are those of the parameters, quoted."""
+    where = f" in {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else ""
+    return errors.NonfiniteGradientError(
+        f"the gradient of rank {member.rank} {member.name!r} holds NaN or Inf{where}; nothing was applied, push again",
+        rank=member.rank,
+    )

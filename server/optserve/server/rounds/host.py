@@ -36,6 +36,12 @@ from optserve.wire.values import Value
 
 logger = logging.getLogger("optserve.server")
 
+POLL_SECONDS = 1.0
+"""A waiter looks by itself that often whether its caller still lives."""
+
+READERS_SECONDS = 30.0
+"""How long an edit of arrays waits for workers that pull."""
+
 Clock = Callable[[], float]
 Alive = Callable[[], bool]
 
@@ -74,10 +80,14 @@ class JobHost:
     # With the lock held -------------------------------------------------------------------------------------------------------
 
     def commit(self, record: Record, kind: str, message: str, **fields: object) -> Result:
-        """Logs and applies a record and tells the waiters."""
+        """Logs and applies a record, publishes it and tells the waiters."""
+        result = self._record(record)
+        self.publish(kind, message, **fields)
+        return result
+
+    def _record(self, record: Record) -> Result:
         self.journal.append(record)
         result = self.job.apply(record)
-        self.publish(kind, message, **fields)
         self.changed.notify_all()
         return result
 
@@ -98,6 +108,31 @@ class JobHost:
             hold = self._holds.get(session_id)
             if hold is not None and only in (None, hold):
                 self._holds.pop(session_id).release()
+                self.changed.notify_all()
+
+    def claim(self, session_id: str) -> bool:
+        """Whether this session is to upload the initial values: nobody else does, or it has died over it."""
+        with self.changed:
+            if self.job.initialized:
+                return False
+            if session_id != self.creator_session and self.leases.alive(self.creator_session, self.clock()):
+                return False
+            self.creator_session = session_id
+            self.leases.renew(session_id, self.clock())
+            return True
+
+    def _await_readers(self) -> None:
+        """Before an edit that changes arrays: lets members that read in place finish, with the lock let go."""
+
+        def unread() -> bool:
+            for session_id in [entry for entry in self._holds if not self.leases.alive(entry, self.clock())]:
+                self.release(session_id)
+            return not self._holds
+
+        late = errors.DeadlineExceededError(
+            f"an edit of job {self.job.name!r} waited {READERS_SECONDS:.0f} s for workers that pull; try again"
+        )
+        self.wait_until(unread, READERS_SECONDS, lambda: True, late)
 
     def check_open(self) -> None:
         """Raises what ended the job: it was deleted, or the server stops."""
@@ -120,12 +155,12 @@ class JobHost:
             left = deadline - self.clock()
             if left <= 0 or not alive():
                 raise late
-            self.changed.wait(left)
+            self.changed.wait(min(left, POLL_SECONDS))
         self.check_open()
 
     def _admit_call(self, caller: Caller, seen: tuple[str, int]) -> Result | None:
         self.check_initialized()
-        if caller.epoch:
+        if caller.epoch or self.job.sessions.is_worker(caller.session_id):
             self.job.sessions.check_member(caller.session_id, caller.epoch)
         repeated = self.job.sessions.repeated(caller)
         if repeated is None:
@@ -143,9 +178,16 @@ class JobHost:
     # Calls --------------------------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Lets waiters look again: a call was cancelled."""
-        with self.changed:
-            self.changed.notify_all()
+        """Lets waiters look again: a call was cancelled.
+
+        gRPC calls it in the one thread that serves all calls, so it never waits for the lock: who holds that will notify, or
+        the waiters look by themselves within POLL_SECONDS.
+        """
+        if self.changed.acquire(blocking=False):  # not `with`: that would wait
+            try:
+                self.changed.notify_all()
+            finally:
+                self.changed.release()
         self.events.wake()
 
     def close(self, reason: errors.OptserveError) -> None:
@@ -157,15 +199,11 @@ class JobHost:
         self.events.wake()
 
     def uploading(self, session_id: str) -> None:
-        """A block of the initial values came: whoever uploads is the creator now, and alive."""
+        """A block of the initial values came: its sender lives. JobExistsError for anybody but the creator."""
         with self.changed:
-            self.creator_session = session_id
+            if session_id != self.creator_session:
+                raise errors.JobExistsError(f"the initial values of job {self.job.name!r} are uploaded by another session")
             self.leases.renew(session_id, self.clock())
-
-    @property
-    def wants_values(self) -> bool:
-        """Nobody uploads the initial values: whoever attaches now does."""
-        return not self.job.initialized and not self.leases.alive(self.creator_session, self.clock())
 
     def initialized(self) -> None:
         """The creator's values are complete: makes the kernels and lets everybody in."""
@@ -228,6 +266,7 @@ class JobHost:
 
     def heartbeat(self, session_id: str, epoch: int) -> None:
         """Renews a lease. FencedError or NotJoinedError."""
+        self.leases.extend(session_id, self.clock())  # before the lock: a long update must not make the living look dead
         with self.changed:
             self.check_open()
             if session_id != self.owner_session:
@@ -260,6 +299,7 @@ class JobHost:
 
     def update_group(self, caller: Caller, seen: tuple[str, int], group: int, changes: Mapping[str, Value]) -> Result:
         with self.changed:
+            self._await_readers()
             repeated = self._admit_call(caller, seen)
             if repeated:
                 return repeated
@@ -271,12 +311,13 @@ class JobHost:
 
     def add_group(self, caller: Caller, seen: tuple[str, int], record: GroupAdded) -> Result:
         with self.changed:
+            self._await_readers()
             repeated = self._admit_call(caller, seen)
             if repeated:
                 return repeated
             declared = [(name, array.shape, array.dtype) for name, array in record.parameters]
             layout = self.job.store.layout.extended(len(self.job.groups), declared)
-            specs.check_table([place.name for place in layout.places])
+            specs.check_table([place.name for place in layout.places], len(self.job.groups) + 1)
             result = self.commit(record, "group", f"group {len(self.job.groups)} added with {len(declared)} parameters")
             self.job.store.prepare(self.job.groups)
             return result
@@ -295,12 +336,19 @@ class JobHost:
             if repeated:
                 return repeated
             self.job.checked_step(count, metric)
-            return self.commit(ScheduleStepped(caller, count, metric), "schedule", "schedule stepped", count=count)
+            record = ScheduleStepped(caller, count, metric)
+            if 0 < count <= self.job.schedule_steps:  # another rank was first: only the caller's result is new
+                return self._record(record)
+            return self.commit(record, "schedule", "schedule stepped", count=count)
 
     def load_state(self, caller: Caller, seen: tuple[str, int], record: StateLoaded) -> Result:
         with self.changed:
+            self._await_readers()
             repeated = self._admit_call(caller, seen)
-            return repeated or self.commit(record, "state", "state_dict loaded")
+            if repeated:
+                return repeated
+            self.job.checked_state(record)
+            return self.commit(record, "state", "state_dict loaded")
 
     def delete_checkpoint(self, caller: Caller, seen: tuple[str, int], name: str, delete: Callable[[], None]) -> Result:
         """Calls `delete` once, whatever is repeated."""
@@ -334,15 +382,17 @@ class JobHost:
         """Puts the job where a checkpoint stands; a round that gathers ends with RolledBackError."""
         with self.changed:
             repeated = self._admit_call(caller, seen)
+        if repeated:
+            return repeated
+        record = read()  # long: workers go on meanwhile
+        with self.changed:
+            self._await_readers()
+            repeated = self._admit_call(caller, seen)
             if repeated:
                 return repeated
-            record = read()
-            self.job.checked_document(record.document)
-            before = self.job.position
-            try:
-                result = self.commit(record, "restored", f"restored checkpoint {name!r}", name=name)
-            except errors.InvalidStateDictError as error:
-                raise errors.CheckpointMismatchError(f"checkpoint {name!r} does not fit the job: {error}") from error
+            self.job.checked_restore(record)
+            before = self.job.position.version
+            result = self.commit(record, "restored", f"restored checkpoint {name!r}", name=name)
             self.job.store.prepare(self.job.groups)
-            self.on_reset(self._rolled_back(f"checkpoint {name!r} was restored", before.version))
+            self.on_reset(self._rolled_back(f"checkpoint {name!r} was restored", before))
             return result

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from optserve.server.jobs.sessions import Member
 from optserve.server.records import Caller, Result
 from optserve.server.rounds.current import CurrentRound
-from optserve.server.rounds.gather import Contribution, Gather
-from optserve.server.rounds.host import Alive, JobHost
+from optserve.server.rounds.gather import Contribution, Gather, nonfinite
+from optserve.server.rounds.host import POLL_SECONDS, Alive, JobHost
 from optserve.v1 import data_pb2
 from optserve.wire import errors
 from optserve.wire.chunks import Chunk, Coverage
@@ -37,6 +37,7 @@ class Push:
     parameter_count: int
     absent: frozenset[int]
     metrics: Mapping[str, float]
+    nonfinite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,8 @@ class Pushes:
             host.job.check_seen(*push.seen)
             host.leases.renew(member.session_id, ticket.began_at)
             if push.kind == data_pb2.CONTRIBUTION_NONFINITE and not self._round.skips_nonfinite:
-                raise errors.NonfiniteGradientError(
-                    f"the gradient of rank {member.rank} {member.name!r} holds NaN or Inf; nothing was applied, push again",
-                    rank=member.rank,
-                )
+                names = [repr(place.name) for place in host.job.store.layout.places if place.index in push.nonfinite]
+                raise nonfinite(member, names)
             if not host.sync:
                 self._await_turn(ticket, alive)
             gather = self._enter(ticket, self._check(push))
@@ -143,7 +142,8 @@ class Pushes:
                 if host.clock() >= notice_at:
                     return Waiting(self._round.number, self._round.missing(gather), host.clock() - ticket.began_at)
                 if not (gather.stale or gather.void):
-                    host.changed.wait(min(notice_at - host.clock(), self._round.seconds_to_watch(gather)))
+                    seconds = min(notice_at - host.clock(), self._round.seconds_to_watch(gather), POLL_SECONDS)
+                    host.changed.wait(max(0.0, seconds))
             gather.pump()
 
     def abandon(self, ticket: Ticket) -> None:
@@ -177,7 +177,7 @@ class Pushes:
             push.caller,
             push.kind,
             push.weight,
-            frozenset(range(count)).difference(present),
+            frozenset(present),
             push.metrics,
             {key: Coverage(f"array {key}", layout.arrays[key].nbytes, found) for key, found in touched.items()},
             frozenset((array_id, block) for array_id, found in touched.items() for block in found),
@@ -210,6 +210,9 @@ class Pushes:
         if gather is None:
             return
         for contribution in list(gather.contributions.values()):
+            if contribution.ended and gather.complete and gather.idle and not gather.void:
+                self._round.run(gather, contribution.member.rank)  # its stream ended before its own thread could
+                return
             if not contribution.ended and self._host.clock() - contribution.progress_at > STALL_SECONDS:
                 contribution.error = errors.RoundTimeoutError(
                     f"the push of rank {contribution.member.rank} {contribution.member.name!r} brought nothing for "

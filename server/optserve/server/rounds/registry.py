@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +18,12 @@ from optserve.server.rounds.protocols import Journal
 from optserve.server.rounds.pushes import Pushes
 from optserve.v1 import jobs_pb2
 from optserve.wire import errors
+
+_NAMES_SHOWN = 8
+"""Of the jobs that a message lists."""
+
+_DELETED_KEPT = 4096
+"""Ids by which a repeated DeleteJob is known for what it is."""
 
 
 @dataclass
@@ -42,13 +50,13 @@ class Registry:
         self._clock = clock
         self._lock = threading.Lock()
         self._by_id: dict[str, Running] = {}
-        self._deleted: set[str] = set()
+        self._deleted: deque[str] = deque(maxlen=_DELETED_KEPT)
         self._closed: errors.OptserveError | None = None
 
     def create(self, job_id: str, spec: jobs_pb2.JobSpec, session_id: str, exist_ok: bool) -> tuple[Running, bool]:
         """A new job (True), or with `exist_ok` the one of that name if its spec matches (False).
 
-        True means that the caller uploads the initial values; so does a found job whose creator died before it had.
+        True means that the caller uploads the initial values; so does the first to find a job whose creator died before it had.
         The same job_id again is the same call again. JobExistsError, JobSpecMismatchError, and what the spec's check raises.
         """
         plan = specs.plan(spec)
@@ -56,11 +64,11 @@ class Registry:
             self._check_open()
             found = self._by_id.get(job_id) or (self._named(spec.name) if spec.name else None)
             if found is not None:
-                return self._attach(found, job_id, plan, exist_ok)
+                return self._attach(found, job_id, session_id, plan, exist_ok)
             running = self._add(Job(job_id, plan, self.backend, new_id()), session_id)
             return running, True
 
-    def _attach(self, found: Running, job_id: str, plan: specs.Plan, exist_ok: bool) -> tuple[Running, bool]:
+    def _attach(self, found: Running, job_id: str, session_id: str, plan: specs.Plan, exist_ok: bool) -> tuple[Running, bool]:
         name = found.job.name
         if found.job.job_id != job_id and not exist_ok:
             raise errors.JobExistsError(
@@ -71,7 +79,7 @@ class Registry:
         if odd:
             raise errors.JobSpecMismatchError(f"job {name!r} exists with another spec: {'; '.join(odd)}", name=name)
         same_call = found.job.job_id == job_id and not found.job.initialized
-        return found, same_call or found.host.wants_values
+        return found, same_call or found.host.claim(session_id)
 
     def adopt(self, job: Job, session_id: str = "") -> Running:
         """Takes in a job that a checkpoint gave. JobExistsError if the name is taken."""
@@ -101,14 +109,13 @@ class Registry:
             return self._by_id.get(job_id)
 
     def find(self, name_or_id: str) -> Running:
-        """JobNotFoundError lists the names that are there."""
+        """JobNotFoundError says which names are there."""
         with self._lock:
             self._check_open()
             found = self._by_id.get(name_or_id) or self._named(name_or_id)
             names = sorted(running.job.name for running in self._by_id.values() if running.job.name)
         if found is None:
-            known = f"; jobs here: {', '.join(names)}" if names else "; there is no job here"
-            raise errors.JobNotFoundError(f"no job {name_or_id!r}{known}", job=name_or_id)
+            raise errors.JobNotFoundError(f"no job {name_or_id!r}; {_jobs_here(name_or_id, names)}", job=name_or_id)
         return found
 
     def all(self) -> list[Running]:
@@ -124,7 +131,7 @@ class Registry:
                 if job_id in self._deleted:
                     return False
                 raise errors.JobNotFoundError(f"no job {job_id!r}", job=job_id)
-            self._deleted.add(job_id)
+            self._deleted.append(job_id)
         running.host.close(errors.JobNotFoundError(f"job {running.job.name or job_id!r} was deleted", job=job_id))
         return True
 
@@ -145,3 +152,12 @@ class Registry:
         for entry in running:
             entry.host.close(reason)
         return running
+
+
+def _jobs_here(wanted: str, names: list[str]) -> str:
+    if not names:
+        return "there is no job here"
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{hint}jobs here: {', '.join(names[:_NAMES_SHOWN])}{more}"

@@ -11,6 +11,12 @@ from optserve.wire.values import Value
 
 Number = int | float
 
+_LIMIT = 1 << 63
+"""Of a whole number: a message has 64 bits for it."""
+
+MOST_EPOCHS = 1 << 53
+"""Where a `last_epoch` may begin: it is exact as a float this far."""
+
 
 def refuse(name: str, value: object, allowed: str) -> InvalidHyperparameterError:
     return InvalidHyperparameterError(f"{name} is {value!r}; it must be {allowed}", argument=name)
@@ -19,9 +25,16 @@ def refuse(name: str, value: object, allowed: str) -> InvalidHyperparameterError
 def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refuse(name, value, "a finite number")
-    if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 63):
+    if not (math.isfinite(value) if isinstance(value, float) else abs(value) < _LIMIT):
         raise refuse(name, value, "a finite number")
     return float(value)
+
+
+def epoch(value: object, most: int = MOST_EPOCHS) -> int:
+    """A `last_epoch`; -1 before the first step."""
+    if type(value) is not int or not -1 <= value <= most:
+        raise refuse("last_epoch", value, f"a whole number, -1 or more and at most {most}")
+    return value
 
 
 def start_factor(name: str, value: object) -> float:
@@ -43,9 +56,10 @@ def end_factor(name: str, value: object) -> float:
 def count(name: str, value: object) -> Number:
     """Whole where it can be: `2e3` is torch's 2000. Fractions are legal there too (`T_max=steps / 2`)."""
     found = number(name, value)
-    if found < 0:
-        raise refuse(name, value, "0 or more")
-    return int(value) if found.is_integer() else found  # type: ignore[call-overload]
+    counted = int(value) if found.is_integer() else found  # type: ignore[call-overload]
+    if not 0 <= counted < _LIMIT:
+        raise refuse(name, value, "0 or more and below 2**63")
+    return counted
 
 
 def period(name: str, value: object) -> Number:

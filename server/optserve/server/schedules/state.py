@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optserve.server.schedules.arguments import number, refuse
+from optserve.server.schedules.arguments import MOST_EPOCHS, epoch, number
 from optserve.server.schedules.table import Call, Position, Values, checked_arguments, find
 from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError, InvalidStateDictError, UnknownScheduleError
 from optserve.wire.values import Value
@@ -38,10 +38,11 @@ class ScheduleState:
                 for key in ("name", "arguments", "last_epoch", "base_lrs", "own")
             )
             schedule = find(name)
-            if not isinstance(arguments, dict) or type(last_epoch) is not int or not isinstance(own, dict):
+            if not isinstance(arguments, dict) or not isinstance(own, dict):
                 raise TypeError("a field has another type than it must have")
             checked = checked_arguments(schedule, arguments)
-            return cls(schedule.name, checked, last_epoch, tuple(number("base_lrs", rate) for rate in base_lrs), own)
+            rates = tuple(number("base_lrs", rate) for rate in base_lrs)
+            return cls(schedule.name, checked, epoch(last_epoch, 2 * MOST_EPOCHS), rates, own)
         except (UnknownScheduleError, InvalidHyperparameterError, KeyError, TypeError) as error:
             raise InvalidStateDictError(f"the state of the schedule cannot be used: {error}") from error
 
@@ -55,9 +56,7 @@ def create(
     """
     schedule = find(name)
     given = dict(arguments)
-    last_epoch = given.pop("last_epoch", -1)
-    if type(last_epoch) is not int or last_epoch < -1:
-        raise refuse("last_epoch", last_epoch, "a whole number, -1 or more")
+    last_epoch = epoch(given.pop("last_epoch", -1))
     for index, group in enumerate(groups):
         if last_epoch != -1 and "initial_lr" not in group:
             raise InvalidHyperparameterError(

@@ -10,6 +10,7 @@ from optserve.server.rounds.host import JobHost
 from optserve.server.rounds.registry import Registry
 from optserve.server.services import decode, encode
 from optserve.server.services.context import CallContext
+from optserve.server.services.folders import Folders
 from optserve.v1 import checkpoints_pb2, checkpoints_pb2_grpc, jobs_pb2, types_pb2
 from optserve.wire.chunks import Chunk, blocks
 
@@ -17,9 +18,10 @@ from optserve.wire.chunks import Chunk, blocks
 class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
     """Saves, lists, verifies, restores, downloads and deletes checkpoints."""
 
-    def __init__(self, registry: Registry, archive: Archive) -> None:
+    def __init__(self, registry: Registry, archive: Archive, folders: Folders) -> None:
         self._registry = registry
         self._archive = archive
+        self._folders = folders
 
     def _host(self, job_id: str) -> JobHost:
         return self._registry.find(job_id).host
@@ -29,8 +31,8 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoints_pb2.SaveCheckpointResponse:
         host = self._host(request.job_id)
         host.check_seen(decode.seen(request.seen))
-        document, tensors = host.capture()
-        info = self._archive.save(host.job.job_id, request.name, document, tensors)
+        self._archive.check_name(request.name)
+        info = self._folders.save(host, request.name, replace=request.overwrite)
         host.announce("checkpoint", f"checkpoint {request.name!r} saved, {info.size} bytes", name=request.name)
         return checkpoints_pb2.SaveCheckpointResponse(checkpoint=encode.checkpoint(info))
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+LONGEST_WAIT_SECONDS = 3600.0
+"""Of a call that came without a deadline."""
+
 
 class CallContext(Protocol):
     """The part of grpc.ServicerContext that services use."""
@@ -24,5 +27,6 @@ class CallContext(Protocol):
 
 def seconds_left(context: CallContext, limit: float) -> float:
     """How long a wait may take: until a little before the call's deadline, so that the typed error still arrives."""
+    limit = max(0.0, limit)  # in this order a NaN becomes 0
     left = context.time_remaining()
     return limit if left is None else max(0.0, min(limit, left - min(0.5, left / 10)))

@@ -193,11 +193,17 @@ class _WorkerStream:
 
     def _applied(self, begin: data_pb2.PushBegin, outcome: Done) -> Iterator[Answer]:
         result = encode.push_result(begin.call.seq, outcome)
-        small = self._small_weights(begin.inline_weights_bytes) if begin.want_weights else None
-        if small is not None:
-            result.weights.CopyFrom(small)
-        yield data_pb2.StreamResponse(pushed=result)
-        if begin.want_weights and small is None:
+        failure: errors.OptserveError | None = None
+        try:
+            small = self._small_weights(begin.inline_weights_bytes) if begin.want_weights else None
+            if small is not None:
+                result.weights.CopyFrom(small)
+        except errors.OptserveError as error:
+            failure = error
+        yield data_pb2.StreamResponse(pushed=result)  # whatever becomes of the weights, the push was applied
+        if failure is not None:
+            raise failure
+        if begin.want_weights and not result.HasField("weights"):
             yield from self._weights(0)
 
     def _small_weights(self, limit: int) -> data_pb2.WeightsBegin | None:
@@ -214,7 +220,7 @@ class _WorkerStream:
         return data_pb2.WeightsBegin(position=position.to_proto(), layout_version=layout.version, inline=to_inline(chunks))
 
     def _weights(self, inline_bytes: int) -> Iterator[Answer]:
-        """One whole version: in `sync` read in place, since no update can come before this worker pushes; else from a copy."""
+        """One whole version: in `sync` read in place, since no step can come before this worker pushes; else from a copy."""
         small = self._small_weights(inline_bytes)
         if small is not None:
             yield data_pb2.StreamResponse(weights=small)
@@ -234,7 +240,9 @@ class _WorkerStream:
             if self._hold is not None and self._hold.released:
                 raise errors.RoundTimeoutError("this worker was silent for so long that the round went on; pull again")
         finally:
-            host.release(self._opening.session_id, self._hold)
+            if self._hold is not None:
+                self._hold.release()  # first, and without the job's lock: an edit may wait for it with that in hand
+                host.release(self._opening.session_id, self._hold)
         yield data_pb2.StreamResponse(end=types_pb2.StreamEnd())
 
 

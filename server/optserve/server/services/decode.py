@@ -75,7 +75,8 @@ def push(begin: data_pb2.PushBegin) -> Push:
     identity, saw = caller(begin.call, repr(content))
     weight = begin.weight if gradient else 0.0
     absent = frozenset(begin.absent)
-    return Push(identity, saw, begin.contribution, weight, begin.parameter_count, absent, dict(begin.metrics))
+    metrics, found = dict(begin.metrics), tuple(begin.nonfinite)
+    return Push(identity, saw, begin.contribution, weight, begin.parameter_count, absent, metrics, found)
 
 
 def items(kind: type[AnyMessage], requests: Iterable[bytes | AnyMessage | Chunk]) -> Iterator[AnyMessage | Chunk]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from optserve.server.durability.archive import IMPORTED, Archive
 from optserve.server.records import new_id
+from optserve.server.rounds.events import Event
 from optserve.server.rounds.registry import Registry
 from optserve.server.services import decode, encode
-from optserve.server.services.context import CallContext, seconds_left
+from optserve.server.services.context import LONGEST_WAIT_SECONDS, CallContext, seconds_left
+from optserve.server.services.folders import Folders
 from optserve.v1 import jobs_pb2, jobs_pb2_grpc
 from optserve.wire import errors
 from optserve.wire.chunks import Chunk, Coverage
 
-_LONGEST_WAIT_SECONDS = 3600.0
 _LONGEST_POLL_SECONDS = 30.0
+
+_EVENTS_BYTES = 1 << 20
+"""Of one answer to ListEvents; the rest comes when asked for again."""
+
+_EVENT_BYTES = 64 << 10
+"""Of one event: one with more comes without its fields."""
 
 InitializeItem = bytes | jobs_pb2.InitializeJobRequest | Chunk
 UploadItem = bytes | jobs_pb2.CreateJobFromCheckpointRequest | Chunk
@@ -23,9 +30,10 @@ UploadItem = bytes | jobs_pb2.CreateJobFromCheckpointRequest | Chunk
 class JobService(jobs_pb2_grpc.JobServiceServicer):
     """Creates, finds, watches and deletes jobs."""
 
-    def __init__(self, registry: Registry, archive: Archive) -> None:
+    def __init__(self, registry: Registry, archive: Archive, folders: Folders) -> None:
         self._registry = registry
         self._archive = archive
+        self._folders = folders
 
     def CreateJob(self, request: jobs_pb2.CreateJobRequest, context: CallContext) -> jobs_pb2.CreateJobResponse:
         session_id = decode.session(request.session_id)
@@ -61,17 +69,16 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         known = self._registry.get(job_id)
         if known is not None:
             return jobs_pb2.CreateJobFromCheckpointResponse(job=encode.job_info(known.host))
-        files = [(file.name, file.size) for file in begin.files]
-        checkpoints = self._archive.checkpoints
-        with checkpoints.receive(job_id, IMPORTED, files, replace=True) as upload:
+        with self._archive.receive([(file.name, file.size) for file in begin.files]) as (folder, upload):
             for chunk in decode.chunks(found):
                 upload.write(chunk.array_id, chunk.offset, chunk.data)
             upload.commit()
+            job = self._archive.imported(folder, job_id, begin.name, self._registry.backend, new_id())
+        host = self._registry.adopt(job, session_id).host
         try:
-            job = self._archive.load(job_id, IMPORTED, begin.name, self._registry.backend, new_id())
-            host = self._registry.adopt(job, session_id).host
+            self._folders.save(host, IMPORTED, replace=True)
         except errors.OptserveError:
-            checkpoints.delete_folder(job_id)
+            self._folders.delete(job_id)
             raise
         return jobs_pb2.CreateJobFromCheckpointResponse(job=encode.job_info(host))
 
@@ -79,7 +86,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         host = self._registry.find(request.job).host
         if request.wait_initialized:
             context.add_callback(host.wake)
-            host.wait_initialized(seconds_left(context, _LONGEST_WAIT_SECONDS), context.is_active)
+            host.wait_initialized(seconds_left(context, LONGEST_WAIT_SECONDS), context.is_active)
         return jobs_pb2.GetJobResponse(job=encode.job_info(host))
 
     def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: CallContext) -> jobs_pb2.ListJobsResponse:
@@ -90,7 +97,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     def WaitForVersion(self, request: jobs_pb2.WaitForVersionRequest, context: CallContext) -> jobs_pb2.WaitForVersionResponse:
         host = self._registry.find(request.job_id).host
         context.add_callback(host.wake)
-        timeout = seconds_left(context, min(request.timeout_seconds, _LONGEST_WAIT_SECONDS))
+        timeout = seconds_left(context, min(request.timeout_seconds, LONGEST_WAIT_SECONDS))
         host.wait_version(request.version, timeout, context.is_active)
         return jobs_pb2.WaitForVersionResponse(position=host.job.position.to_proto())
 
@@ -99,21 +106,28 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         context.add_callback(host.wake)
         wait = seconds_left(context, min(request.wait_seconds, _LONGEST_POLL_SECONDS)) if request.wait_seconds > 0 else 0.0
         found = host.events.after(request.after, wait, lambda: context.is_active() and host.closed is None)
-        return jobs_pb2.ListEventsResponse(
-            events=[
-                jobs_pb2.Event(
-                    index=event.index,
-                    time_seconds=event.time_seconds,
-                    kind=event.kind,
-                    position=event.position.to_proto(),
-                    message=event.message,
-                    fields=event.fields,
-                )
-                for event in found
-            ]
-        )
+        return jobs_pb2.ListEventsResponse(events=_page(found))
 
     def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: CallContext) -> jobs_pb2.DeleteJobResponse:
-        if self._registry.delete(request.job_id):
-            self._archive.checkpoints.delete_folder(request.job_id)
+        self._folders.delete(request.job_id)
         return jobs_pb2.DeleteJobResponse()
+
+
+def _page(found: Iterable[Event]) -> Iterator[jobs_pb2.Event]:
+    """The first of them, as many as one answer holds."""
+    size = 0
+    for event in found:
+        entry = jobs_pb2.Event(
+            index=event.index,
+            time_seconds=event.time_seconds,
+            kind=event.kind,
+            position=event.position.to_proto(),
+            message=event.message,
+            fields=event.fields,
+        )
+        if entry.ByteSize() > _EVENT_BYTES:
+            entry.ClearField("fields")
+        size += entry.ByteSize() + 8
+        if size > _EVENTS_BYTES:
+            return
+        yield entry

@@ -118,11 +118,6 @@ class Store:
         """Fresh zeros for gradients: one array of the state dtype for each flat array."""
         return {column.array.array_id: column.accumulator() for column in self._columns}
 
-    def clear_padding(self, gradients: Mapping[int, FlatArray]) -> None:
-        """Zeroes what lies between parameters in gradients, where a client may have left anything; norms count it."""
-        for array_id, values in gradients.items():
-            self._column(array_id).clear(values)
-
     def prepare(self, groups: Sequence[Mapping[str, Value]], timeout_seconds: float = _WAIT_SECONDS) -> None:
         """Compiles every kernel and allocates every slot that these options need. OutOfMemoryError."""
         self._check_groups(groups)
@@ -232,6 +227,10 @@ class Store:
             for column in self._columns:
                 column.export(content)
         return content
+
+    def check(self, content: StoreState, with_values: bool) -> None:
+        """InvalidStateDictError if `load` would refuse it."""
+        check(content, self.layout, self.optimizer, with_values)
 
     def load(self, content: StoreState, with_values: bool, timeout_seconds: float = _WAIT_SECONDS) -> None:
         """Replaces all optimizer state, and the weights if `with_values`. A parameter without state begins again at step 0.

@@ -1,0 +1,33 @@
+"""Tables in terminals and pipes."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from optserve.cli.output import print_table
+
+COLUMNS = ["JOB", "LR", "METRICS"]
+ROWS: list[list[object]] = [["a/long/name/of/a/job", (0.001, 0.0005), "loss=7.661e-14 accuracy=0.9812"], ["j", 0.1, ""]]
+
+
+def test_a_piped_table_has_no_space_at_the_end_of_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(COLUMNS, ROWS)
+    assert capsys.readouterr().out.splitlines() == [
+        "JOB                   LR             METRICS",
+        "a/long/name/of/a/job  0.001, 0.0005  loss=7.661e-14 accuracy=0.9812",
+        "j                     0.1",
+    ]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_no_word_is_broken_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(COLUMNS, ROWS)
+    out = click.unstyle(capsys.readouterr().out)
+    assert {"a/long/name/of/a/job", "loss=7.661e-14", "accuracy=0.9812", "0.0005"} <= {word.strip(",") for word in out.split()}
+    assert len(out.splitlines()) == 4
