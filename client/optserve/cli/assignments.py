@@ -14,7 +14,7 @@ LISTS = ("betas", "milestones")
 _WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
 
-class Assignment(click.ParamType[tuple[str, Value]]):
+class Assignment(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
     """One KEY=VALUE. Values are numbers, true, false, none, several numbers (0.9,0.99), or text."""
 
     name = "key=value"

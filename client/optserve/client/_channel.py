@@ -216,7 +216,8 @@ class GrpcStream:
     def close(self) -> None:
         self._closed.set()
         self._batches.put(None)
-        self._call.cancel()
+        # An interrupt (Ctrl-C) that hit inside gRPC can leave the call's lock taken: who closes must not wait for it.
+        threading.Thread(target=self._call.cancel, name="optserve-stream-cancel", daemon=True).start()
         with self._look:
             self._look.notify()
 

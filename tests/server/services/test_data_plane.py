@@ -332,7 +332,7 @@ def test_a_stopping_server_says_goodbye_to_a_push_that_waits(
 
 
 def test_a_stop_right_after_an_answer_does_not_wait_for_the_grace_to_end(
-    foreign: Any, open_stream: Callable[..., Any], app: App, monkeypatch: pytest.MonkeyPatch
+    foreign: Any, open_stream: Callable[..., Any], app: App, monkeypatch: pytest.MonkeyPatch, until: Callable[..., Any]
 ) -> None:
     """The stream's handler has answered, and finds the server stopping before it waits for the next request."""
     from optserve.server.services.data import OpenStreams
@@ -340,6 +340,7 @@ def test_a_stop_right_after_an_answer_does_not_wait_for_the_grace_to_end(
     foreign.ready({"w": np.zeros(3, np.float32)})
     stream = open_stream(foreign)
     stream.receive("opened")
+    until(lambda: all(app._data.streams._idle.values()), "the handler waits for a request")
     stopping = threading.Event()
     mark, hang_up = OpenStreams.mark, OpenStreams.hang_up
 
