@@ -32,7 +32,11 @@ def lost(connection: Connection, error: JobNotFoundError, job: str) -> JobLostEr
             return error
     except OptserveError:
         return error
-    return JobLostError(f"job {job} is lost: the server was started again and the job's state was in memory only", job=job)
+    return JobLostError(
+        f"job {job} is lost: the server was started again, and the job's state was in memory only, with no checkpoint of it "
+        "to go on from",
+        job=job,
+    )
 
 
 class Caller:

@@ -37,12 +37,7 @@ class History:
         if known and version <= end:
             return
         what = f"version {version} is gone, it went back to version {end}" if known else "its history was lost in a kill"
-        raise errors.RolledBackError(
-            f"the job stands before what this client saw: {what} and is at version {now.version}, step {now.step}; "
-            "pull the weights and go on from there",
-            **{"from": version, "to": end, "lineage_id": now.lineage_id, "version": now.version, "step": now.step},
-            **facts,
-        )
+        raise rolled_back(f"the job stands before what this client saw: {what}", version, end, now, **facts)
 
     def to_document(self) -> dict[str, Any]:
         return {"lineage_id": self.lineage_id, "ended": self.ended}
@@ -57,3 +52,12 @@ class History:
         ):
             raise TypeError(f"{document!r} is not a history")
         return cls(lineage_id, 0, ended)
+
+
+def rolled_back(why: str, version: int, end: int, now: Position, **facts: object) -> errors.RolledBackError:
+    """For a client that saw `version`, of which the versions after `end` are gone. Its metadata are where to go on from."""
+    return errors.RolledBackError(
+        f"{why} and is at version {now.version}, step {now.step}; pull the weights and go on from there",
+        **{"from": version, "to": end, "lineage_id": now.lineage_id, "version": now.version, "step": now.step},
+        **facts,
+    )

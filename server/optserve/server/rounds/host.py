@@ -10,6 +10,7 @@ from typing import Any
 
 from optserve.server.jobs import Job
 from optserve.server.jobs import spec as specs
+from optserve.server.jobs.history import rolled_back
 from optserve.server.jobs.sessions import Member
 from optserve.server.records import (
     Caller,
@@ -166,14 +167,6 @@ class JobHost:
         if repeated is None:
             self.job.check_seen(*seen)
         return repeated
-
-    def _rolled_back(self, why: str, before: int) -> errors.RolledBackError:
-        now = self.job.position
-        return errors.RolledBackError(
-            f"{why}: the job went from version {before} back to {now.version}; pull the weights and go on from there",
-            **{"from": before, "to": now.version, "lineage_id": now.lineage_id, "version": now.version, "step": now.step},
-            schedule_steps=self.job.schedule_steps,
-        )
 
     # Calls --------------------------------------------------------------------------------------------------------------------
 
@@ -394,5 +387,7 @@ class JobHost:
             before = self.job.position.version
             result = self.commit(record, "restored", f"restored checkpoint {name!r}", name=name)
             self.job.store.prepare(self.job.groups)
-            self.on_reset(self._rolled_back(f"checkpoint {name!r} was restored", before))
+            now, steps = self.job.position, self.job.schedule_steps
+            why = f"checkpoint {name!r} was restored: the job went from version {before} back to {now.version}"
+            self.on_reset(rolled_back(why, before, now.version, now, schedule_steps=steps))
             return result

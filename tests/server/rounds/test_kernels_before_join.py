@@ -1,0 +1,51 @@
+"""Kernels compile before the first join returns: no worker's first push waits for a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from optserve.server.durability.journal import NullJournal
+from optserve.server.records import Caller
+from optserve.server.rounds.pushes import Done, Push
+from optserve.server.rounds.registry import Registry
+from optserve.v1 import data_pb2, jobs_pb2, types_pb2
+from optserve.wire import dtypes
+from optserve.wire.chunks import array_chunks
+from optserve.wire.values import to_hyperparameters
+
+VALUES: Mapping[str, Any] = {"w": np.ones(8, np.float32), "h": np.ones(4, ml_dtypes.bfloat16)}
+
+
+def test_the_first_push_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    from optserve.server.backends.numba import NumbaBackend
+
+    registry = Registry(NumbaBackend(), lambda _: NullJournal())  # a backend of its own has compiled nothing yet
+    parameters = [
+        types_pb2.Parameter(name=name, shape=value.shape, dtype=dtypes.to_wire(value.dtype)) for name, value in VALUES.items()
+    ]
+    spec = jobs_pb2.JobSpec(name="j", optimizer="adam", workers=1, defaults=to_hyperparameters({"lr": 0.1}))
+    spec.groups.append(jobs_pb2.GroupSpec(parameters=parameters))
+    running, _ = registry.create("00000000-0000-0000-0000-000000000000", spec, "creator", False)
+    running.job.store.set_values(VALUES)
+    running.host.initialized()
+    member = running.host.join("", None, "session", ("", 0))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was compiled after the join")
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    with pytest.raises(AssertionError, match="after the join"):
+        NumbaBackend().finite(VALUES["w"])  # what is not prepared would be noticed
+    head = Push(Caller("session", member.epoch, 1, ""), ("", 0), data_pb2.CONTRIBUTION_GRADIENT, 1.0, 2, frozenset(), {})
+    ticket = running.pushes.begin(head, lambda: True)
+    for array in running.job.store.layout.arrays:
+        gradient = np.zeros(array.length, array.dtype)
+        for chunk in array_chunks(array.array_id, gradient.view(np.uint8).data):
+            running.pushes.offer(ticket, chunk, lambda: True)
+    assert isinstance(running.pushes.finish(ticket, lambda: True), Done)
