@@ -17,9 +17,23 @@ import pytest
 
 from optserve.client import Server, connect
 from optserve.server.app import App, ServerConfig
+from optserve.server.backends import gpu_obstacle
 
 DEADLINE_SECONDS = 20.0
 """For whatever should take a moment, on a busy machine."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long form of a test is run where it is asked for; what needs a GPU is skipped where there is none, and says why."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long and "long" not in config.option.markexpr:
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    why = gpu_obstacle() if on_gpu else None
+    for item in on_gpu if why is not None else ():
+        item.add_marker(pytest.mark.skip(reason=f"no GPU: {why}"))
+
 
 _KEPT_THREADS = ("optserve-compute",)
 """The process's compute pool is shared by all servers and stays."""

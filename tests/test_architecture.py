@@ -43,7 +43,7 @@ AREAS: dict[str, tuple[str, ...]] = {
 GRPC = ("server.services", "server.interceptors", "server.app", "v1")
 EDGES: dict[str, tuple[str, ...]] = {
     "grpc": (*GRPC, "optserve.client._channel"),
-    "cupy": ("optserve.server.backends.cupy",),
+    "cupy": ("optserve.server.backends.cupy.device",),
     "numba": ("optserve.server.backends.numba",),
     "llvmlite": ("optserve.server.backends.numba",),
     "torch": ("torch",),
@@ -222,6 +222,7 @@ def test_files_are_short_and_named_for_what_they_hold() -> None:
         ("optserve.client._job", "from grpc_status import rpc_status"),
         ("optserve.server.backends.numpy", "import numba"),
         ("optserve.server.backends.numba", "import cupy"),
+        ("optserve.server.backends.cupy.backend", "import cupy"),
         ("optserve.cli.doctor", "def versions():\n    import torch"),
         ("optserve.server.durability.log", "import pickle"),
         ("optserve.server.durability.log", "from marshal import loads"),
@@ -246,6 +247,7 @@ def test_checker_finds_a_fault(module: str, source: str) -> None:
         ),
         ("optserve.server.services.job", "import grpc\nfrom ..jobs.job import Job"),
         ("optserve.server.backends.numba", "def load(text):\n    import numba\n    exec(text, {})"),
+        ("optserve.server.backends.cupy.device", "def begin():\n    import cupy"),
         ("optserve.embedded", "from optserve.server.app import App\nfrom optserve.client import Server"),
         ("optserve.cli.serve", "from optserve.server.app import App\nfrom optserve.client import connect"),
         ("optserve.torch.adam", "import torch\nfrom optserve.client import connect"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -51,6 +52,34 @@ def test_a_numba_that_does_not_work_is_bad_and_its_last_words_are_told(monkeypat
     assert result.exit_code == exits.FAILED
     finding = json.loads(result.stdout)["findings"]["numba"]
     assert (finding["state"], finding["note"]) == ("bad", "ImportError: libllvm is of another world")
+
+
+def findings(monkeypatch: pytest.MonkeyPatch, probe: str) -> dict[str, dict[str, str]]:
+    """With CuPy installed, and a probe that ends so."""
+    missing = doctor.missing
+    monkeypatch.setattr("optserve.cli.doctor.missing", lambda modules: [] if modules == ["cupy"] else missing(modules))
+    monkeypatch.setattr("optserve.cli.doctor._GPU_PROBE", probe)
+    found: dict[str, dict[str, str]] = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)["findings"]
+    return found
+
+
+def test_a_gpu_that_is_used_is_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = findings(monkeypatch, "print('cupy on NVIDIA H200')")
+    assert (found["gpu"]["state"], found["gpu"]["value"]) == ("ok", "cupy on NVIDIA H200")
+    assert (found["backend"]["state"], found["backend"]["value"]) == ("ok", "cupy")
+
+
+def test_a_gpu_that_is_not_used_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = findings(monkeypatch, "import sys; sys.exit('there is a driver, but no NVIDIA device')")
+    assert found["gpu"] == {"state": "note", "value": "not used", "note": "there is a driver, but no NVIDIA device"}
+    assert found["backend"]["value"] in ("numba", "numpy")
+
+
+def test_the_probe_tells_what_is_in_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("raise ImportError('libcuda is of another world')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = findings(monkeypatch, doctor._GPU_PROBE)
+    assert found["gpu"]["note"].startswith("CuPy cannot be imported: libcuda is of another world. ")
 
 
 def test_a_look_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

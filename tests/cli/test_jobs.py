@@ -117,6 +117,31 @@ def test_pull_of_awkward_names_and_bfloat16(optserve: Command, address: str, tmp
         assert file["a/b"].dtype == np.float16
 
 
+def test_complex_parameters_are_shown_pulled_and_exported(optserve: Command, address: str, tmp_path: Path) -> None:
+    values = {"z": np.array([[1 + 2j, 3 - 4j]], np.complex64), "zz": np.array(5j)}
+    with connect(address) as server:
+        job = server.create_job("complex", values, optimizer="sgd", lr=0.1)
+        try:
+            found = as_json(optserve("job", "show", "complex", "--json"))["parameters"]
+            assert [entry["dtype"] for entry in found] == ["complex64", "complex128"]
+            assert ["z", "(1,", "2)", "complex64", "0"] in [
+                line.split() for line in ok(optserve("job", "show", "complex")).splitlines()
+            ]
+            ok(optserve("job", "pull", "complex", "--out", "complex.npz"))
+            ok(optserve("job", "export", "complex", "out"))
+        finally:
+            job.delete()
+        again = server.create_job("again", from_checkpoint=tmp_path / "out")
+        try:
+            exported = again.pull()
+        finally:
+            again.delete()
+    with np.load(tmp_path / "complex.npz", allow_pickle=False) as file:
+        for name, value in values.items():
+            np.testing.assert_array_equal(file[name], value, strict=True)
+            np.testing.assert_array_equal(exported[name], value, strict=True)
+
+
 def test_export_leaves_files_that_make_the_job_again_and_no_checkpoint(
     optserve: Command, job: Job, address: str, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -51,7 +52,6 @@ def test_all_commands_are_there() -> None:
         ["group", "set", "j", "0", "lr"],
         ["group", "set", "j", "0", "lr=1", "lr=2"],
         ["serve", "--backend", "x"],
-        ["serve", "--backend", "cupy"],
         ["serve", "--address-file", "/nonexistent/address"],
     ],
     ids=" ".join,
@@ -76,11 +76,15 @@ def test_an_address_file_that_cannot_be_written_is_a_sentence() -> None:
     assert result.stderr == "error: /nonexistent/address cannot be written: there is no folder /nonexistent\n"
 
 
-def test_the_help_offers_nothing_of_a_later_version() -> None:
-    assert "cupy" not in CliRunner().invoke(main, ["serve", "--help"]).stdout
+def test_the_help_shows_what_a_plateau_steps_on() -> None:
     text = CliRunner().invoke(main, ["schedule", "step", "--help"]).stdout
-    assert "metric" not in text
-    assert "Plateau" not in text
+    assert re.search(r"--metric FLOAT +What ReduceLROnPlateau steps on\.", text)
+    assert "optserve schedule step digits --metric 0.31" in text
+
+
+def test_the_help_shows_how_schedules_in_schedules_are_written() -> None:
+    text = CliRunner().invoke(main, ["schedule", "set", "--help"]).stdout
+    assert "schedulers='LinearLR(total_iters=5), CosineAnnealingLR(T_max=20)'" in text
 
 
 @pytest.mark.parametrize("path", ["group set", "schedule set"])

@@ -9,10 +9,13 @@ from optserve.client import _gradients, _packing
 from optserve.v1 import data_pb2
 from optserve.wire import errors
 from optserve.wire.chunks import CHUNK_BYTES
+from optserve.wire.dtypes import storage_dtype
 from optserve.wire.layout import Layout
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+COMPLEX64, COMPLEX128 = np.dtype(np.complex64), np.dtype(np.complex128)
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.complex64, np.complex128]
 
 
 def layout_of(*parameters: tuple[str, tuple[int, ...], np.dtype[np.generic]]) -> Layout:
@@ -46,6 +49,8 @@ def test_blocks_are_the_flat_arrays_bytes_whatever_the_gradients_memory_order() 
         ("scalar", (), FLOAT32),
         ("none", (0, 3), FLOAT32),
         ("f", (500, 700), FLOAT32),
+        ("z", (300, 500), COMPLEX64),
+        ("zz", (3,), COMPLEX128),
     )
     values: dict[str, npt.NDArray[np.generic]] = {
         "c": rng.normal(size=(300, 1000)).astype(np.float32),
@@ -53,6 +58,8 @@ def test_blocks_are_the_flat_arrays_bytes_whatever_the_gradients_memory_order() 
         "scalar": np.array(3, np.float32),
         "none": np.zeros((0, 3), np.float32),
         "f": rng.normal(size=(700, 500)).astype(np.float32).T,
+        "z": rng.normal(size=(500, 600)).astype(np.float32).view(np.complex64).reshape(500, 300).T,
+        "zz": rng.normal(size=12).view(np.complex128)[::2],
     }
     got = packed(checked(layout, values))
     for array_id, raw in flat(layout, values).items():
@@ -91,14 +98,27 @@ def test_blocks_that_only_absent_parameters_touch_are_not_sent_and_shared_ones_h
             r"gradient 'w' has shape \(4, 3\); the parameter has shape \(3, 4\)",
         ),
         ("w", np.zeros((3, 4)), errors.DtypeMismatchError, "gradient 'w' has dtype float64; the parameter has dtype float32"),
-        ("v", np.zeros((3, 4)), errors.UnknownParameterError, "gradient 'v' is not in the job; its parameters are 'w'"),
+        ("v", np.zeros((3, 4)), errors.UnknownParameterError, "gradient 'v' is not in the job; its parameters are 'w', 'z'"),
+        (
+            "w",
+            np.zeros((3, 4), np.complex64),
+            errors.DtypeMismatchError,
+            "gradient 'w' has dtype complex64; the parameter has dtype float32",
+        ),
+        (
+            "z",
+            np.zeros((2,), np.float32),
+            errors.DtypeMismatchError,
+            "gradient 'z' has dtype float32; the parameter has dtype complex64",
+        ),
+        ("z", np.zeros(2, np.complex128), errors.DtypeMismatchError, "gradient 'z' has dtype complex128"),
     ],
 )
 def test_a_gradient_that_does_not_fit_is_named(
     name: str, gradient: npt.NDArray[np.generic], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        checked(layout_of(("w", (3, 4), FLOAT32)), {name: gradient})
+        checked(layout_of(("w", (3, 4), FLOAT32), ("z", (2,), COMPLEX64)), {name: gradient})
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "heavy"])
@@ -107,23 +127,25 @@ def test_a_weight_is_finite_and_not_negative(weight: float) -> None:
         checked(layout_of(("w", (1,), FLOAT32)), {}, weight)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("step", [1, 2])
 def test_one_element_that_is_not_finite_is_found_and_its_bytes_are_not_sent(
     dtype: npt.DTypeLike, bad: float, step: int
 ) -> None:
     gradient = np.ones(400_001, dtype)
-    gradient[400_000] = bad
+    gradient[400_000] = complex(0, bad) if gradient.dtype.kind == "c" else bad
     layout = layout_of(("w", gradient[::step].shape, np.dtype(dtype)))
     push = checked(layout, {"w": gradient[::step]})
     assert push.contribution == data_pb2.CONTRIBUTION_NONFINITE
     assert list(push.chunks()) == []
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_finite_values_are_finite(dtype: npt.DTypeLike) -> None:
-    gradient = np.full(1000, ml_dtypes.finfo(np.dtype(dtype)).max, np.dtype(dtype))
+    gradient = np.full(1000, ml_dtypes.finfo(storage_dtype(dtype)).max, np.dtype(dtype))
+    if gradient.dtype.kind == "c":
+        gradient.imag = gradient.real
     push = checked(layout_of(("w", (1000,), np.dtype(dtype))), {"w": gradient})
     assert push.contribution == data_pb2.CONTRIBUTION_GRADIENT
 
@@ -142,7 +164,7 @@ def test_the_fingerprint_follows_content_names_and_weight() -> None:
     assert checked(layout, {"a": one.copy()}).fingerprint == pushes[0].fingerprint
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 3, 5, 4096, 300_001])
 def test_the_fingerprint_follows_signs_and_places(dtype: npt.DTypeLike, size: int) -> None:
     base = np.zeros(size, dtype)
@@ -151,6 +173,8 @@ def test_the_fingerprint_follows_signs_and_places(dtype: npt.DTypeLike, size: in
     swapped[[-1, -2]] = base[[-2, -1]]
     layout = layout_of(("w", (size,), np.dtype(dtype)))
     arrays = [base, -base, swapped, np.ascontiguousarray(base[::-1])]
+    if base.dtype.kind == "c":
+        arrays += [base * 1j, base * (1 + 1j)]
     distinct = {array.tobytes() for array in arrays}
     assert len({checked(layout, {"w": array}).fingerprint for array in arrays}) == len(distinct)
 

@@ -34,6 +34,8 @@ def test_a_job_has_the_values_that_it_was_made_with(server: Server) -> None:
         "h": rng.normal(size=(3, 1)).astype(np.float16),
         "s": np.array(3, ml_dtypes.bfloat16),
         "none": np.zeros((0, 4), np.float32),
+        "z": np.asfortranarray((rng.normal(size=(70, 50)) * (1 + 2j)).astype(np.complex64)),
+        "zz": (rng.normal(size=20) * 1j)[::2],
     }
     job = make(server, params=values)
     pulled = job.pull()
@@ -42,6 +44,7 @@ def test_a_job_has_the_values_that_it_was_made_with(server: Server) -> None:
         np.testing.assert_array_equal(pulled[name], value)
         assert pulled[name].dtype == value.dtype
     assert list(job.pull(["s", "d"])) == ["s", "d"]
+    np.testing.assert_array_equal(job.pull(["z"])["z"], values["z"], strict=True)
     assert job.pull([]) == {}
     again = job.pull(out=pulled)
     assert again is pulled
@@ -61,7 +64,7 @@ def test_a_job_has_the_values_that_it_was_made_with(server: Server) -> None:
             "'w' appears more than once",
         ),
         ([("w", np.zeros(1)), ("w", np.zeros(1))], errors.DuplicateParameterError, "'w' appears more than once"),
-        (np.zeros(3), errors.InvalidArgumentError, 'a param group is a dict with the key "params"; got float64'),
+        (np.zeros(3), errors.InvalidArgumentError, "params must be a mapping of names to arrays.*got ndarray"),
         ([{"lr": 0.1}], errors.InvalidArgumentError, r"got one with \['lr'\]"),
         ([{"params": [np.zeros(3)]}], errors.InvalidArgumentError, "name every array"),
         ({3: np.zeros(3)}, errors.InvalidArgumentError, "name every array"),

@@ -12,13 +12,14 @@ from optserve.wire.layout import Layout
 
 LAYOUT = Layout().extended(0, [("w", (3, 2), np.dtype(np.float32)), ("b", (2,), np.dtype(np.float32))])
 NAMES = [["w", "b"]]
+COMPLEX = Layout().extended(0, [("z", (3, 2), np.dtype(np.complex64)), ("zz", (2,), np.dtype(np.complex128))])
 
 
 def torch_run(
     optimizer: type[torch.optim.Optimizer], dtype: torch.dtype, **arguments: Any
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = torch.nn.Linear(2, 3).to(dtype)
+    model = torch.nn.Linear(2, 3, bias=optimizer is not torch.optim.Muon).to(dtype)
     made = optimizer(model.parameters(), **arguments)
     for _ in range(3):
         made.zero_grad()
@@ -32,6 +33,16 @@ CASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.AdamW, {"lr": 0.1, "betas": (0.8, 0.99)}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.Adadelta, {"lr": 0.5, "weight_decay": 0.1}),
+    (torch.optim.Adafactor, {"lr": 0.1}),
+    (torch.optim.Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.2}),
+    (torch.optim.Adamax, {"lr": 0.1}),
+    (torch.optim.ASGD, {"lr": 0.1, "t0": 1}),
+    (torch.optim.Muon, {"lr": 0.1}),
+    (torch.optim.NAdam, {"lr": 0.1}),
+    (torch.optim.RAdam, {"lr": 0.1}),
+    (torch.optim.RMSprop, {"lr": 0.1, "momentum": 0.9, "centered": True}),
+    (torch.optim.Rprop, {"lr": 0.1}),
 ]
 
 
@@ -45,15 +56,15 @@ def test_torchs_state_dict_goes_in_and_comes_out_again(
     wanted = made.state_dict()
     job.load_state_dict(wanted)
     got = job.state_dict()
-    assert {key: set(entry) for key, entry in got["state"].items()} == {
-        key: set(entry) for key, entry in wanted["state"].items()
+    assert {key: list(entry) for key, entry in got["state"].items()} == {
+        key: list(entry) for key, entry in wanted["state"].items()
     }
     for key, entry in wanted["state"].items():
         for slot, tensor in entry.items():
-            np.testing.assert_array_equal(got["state"][key][slot], tensor.numpy())
+            np.testing.assert_array_equal(got["state"][key][slot], tensor.numpy(), strict=True)
             assert got["state"][key][slot].dtype == np.float32
     (group,) = got["param_groups"]
-    assert group.pop("param_names") == ["weight", "bias"]
+    assert group.pop("param_names") == list(params)
     assert group == wanted["param_groups"][0]
     assert [key for key in group if key != "params"] == [key for key in wanted["param_groups"][0] if key != "params"]
 
@@ -116,8 +127,12 @@ def entry(**slots: Any) -> dict[str, Any]:
         ({"state": {}, "param_groups": []}, "different number of parameter groups: 0; the job has 1"),
         ({"state": {}, "param_groups": [{"params": [0]}]}, "group 0 has 1 parameters; the job's has 2"),
         ({"state": {7: {}}, "param_groups": [{"params": [0, 1]}]}, "parameter 7 is in no param group"),
-        (entry(exp_avg=np.zeros(3)), r"exp_avg of parameter 'w' has shape \(3,\); it must have \(3, 2\)"),
         (entry(exp_avg="text"), "exp_avg of parameter 'w' has dtype"),
+        (entry(exp_avg=[True, False]), "exp_avg of parameter 'w' has dtype bool; it must be an array of floats or complex"),
+        (
+            entry(exp_avg=np.zeros((3, 2), np.complex64)),
+            "exp_avg of parameter 'w' has dtype complex64; the parameter has dtype float32",
+        ),
         (entry(step="often"), "the step of parameter 'w' is 'often'"),
     ],
 )
@@ -126,8 +141,33 @@ def test_a_state_dict_that_does_not_fit_is_refused(saved: dict[str, Any], messag
         _state_dict.parse(saved, NAMES, LAYOUT)
 
 
+def test_scalars_and_factored_state_keep_their_own_shapes_and_reals_stay_real() -> None:
+    saved = entry(
+        mu_product=torch.tensor(0.5),
+        eta=0.25,
+        row_var=torch.ones(3, 1),
+        exp_avg=torch.full((3, 2), 1 + 2j).conj(),
+        exp_avg_sq=np.ones((2, 3), np.complex128).T,
+        sum=np.ones(3, np.int64),
+    )
+    loading = _state_dict.parse(saved, [["z", "zz"]], COMPLEX)
+    found = {slot: array for name, slot, array in loading.tensors if name == "z"}
+    assert {slot: (array.dtype.name, array.shape) for slot, array in found.items()} == {
+        "mu_product": ("float32", ()),
+        "eta": ("float32", ()),
+        "row_var": ("float32", (3, 1)),
+        "exp_avg": ("complex64", (3, 2)),
+        "exp_avg_sq": ("complex64", (3, 2)),
+        "sum": ("float32", (3,)),
+    }
+    assert found["exp_avg"][0, 0] == 1 - 2j
+    assert found["eta"] == 0.25
+
+
 @pytest.mark.parametrize(
-    "change", [{"momentum_buffer": np.zeros((2, 2), np.float32)}, {}], ids=["slot of another optimizer", "step missing"]
+    "change",
+    [{"momentum_buffer": np.zeros((2, 2), np.float32)}, {}, {"exp_avg": np.zeros(4, np.float32)}],
+    ids=["slot of another optimizer", "step missing", "another shape"],
 )
 def test_state_of_another_optimizer_changes_nothing(server: Server, change: dict[str, Any]) -> None:
     job = server.create_job(None, {"w": np.ones((2, 2), np.float32)}, optimizer="adam", lr=0.1)

@@ -23,11 +23,21 @@ LAYOUT = (
         0, [("w", (2, BIG // 2), np.dtype(np.float32)), ("b", (3,), np.dtype(np.float32)), ("s", (), np.dtype(np.float64))]
     )
     .extended(
-        1, [("h", (5, 2), np.dtype(ml_dtypes.bfloat16)), ("e", (0,), np.dtype(np.float32)), ("t", (4, 3), np.dtype(np.float32))]
+        1,
+        [
+            ("z", (2, BIG // 4), np.dtype(np.complex64)),
+            ("r", (5,), np.dtype(np.float32)),
+            ("zz", (2, 3), np.dtype(np.complex128)),
+        ],
+    )
+    .extended(
+        2, [("h", (5, 2), np.dtype(ml_dtypes.bfloat16)), ("e", (0,), np.dtype(np.float32)), ("t", (4, 3), np.dtype(np.float32))]
     )
 )
 RNG = np.random.default_rng(1)
 VALUES = {place.name: RNG.normal(size=place.shape).astype(place.dtype) for place in LAYOUT.places}
+VALUES["z"] += np.complex64(1j) * VALUES["z"][::-1]
+VALUES["zz"] += 1j * VALUES["zz"][::-1]
 END = data_pb2.StreamResponse(end=pb.StreamEnd())
 
 
@@ -88,6 +98,8 @@ def test_arrays_of_the_caller_are_filled_whatever_their_memory_order() -> None:
     out: _weights.Weights = {place.name: np.zeros(place.shape, place.dtype) for place in LAYOUT.places}
     out["t"] = np.zeros((3, 4), np.float32).T
     out["b"] = np.zeros(6, np.float32)[::2]
+    out["zz"] = np.zeros((3, 2), np.complex128).T
+    out["z"] = np.zeros((2, BIG // 2), np.complex64)[:, ::2]
     before = dict(out)
     result = received(Destination(LAYOUT, None, out))
     assert result is out
@@ -104,7 +116,7 @@ def test_what_out_lacks_is_added_and_what_it_has_beyond_is_left_alone() -> None:
 
 
 def test_names_bring_only_their_blocks() -> None:
-    names = ["b", "h"]
+    names = ["b", "h", "z"]
     assert_equal(received(Destination(LAYOUT, names), names), names)
 
 
@@ -120,6 +132,14 @@ def test_names_bring_only_their_blocks() -> None:
 def test_an_array_of_out_that_cannot_be_filled_is_named(array: npt.NDArray[np.generic], error: type[Exception]) -> None:
     with pytest.raises(error, match=r"out\['b'\]"):
         Destination(LAYOUT, None, {"b": array})
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("b", np.complex64), ("z", np.float32), ("z", np.complex128)])
+def test_a_real_array_does_not_take_a_complex_parameter_nor_the_reverse(name: str, dtype: npt.DTypeLike) -> None:
+    place = LAYOUT.place(name)
+    message = rf"out\['{name}'\] has dtype {np.dtype(dtype)}; the parameter has dtype {place.dtype}"
+    with pytest.raises(errors.DtypeMismatchError, match=message):
+        Destination(LAYOUT, None, {name: np.zeros(place.shape, dtype)})
 
 
 def test_weights_of_another_layout_are_drained_and_written_nowhere() -> None:

@@ -98,10 +98,11 @@ def test_a_push_in_a_thread_raises_what_is_wrong_at_once_and_the_rest_from_the_f
         lambda worker: worker.push_pull(gradients(1)),
         lambda worker: worker.push_pull_async(gradients(1)),
         Worker.skip_round,
+        lambda worker: worker.update_group(0, lr=0.5),
         Worker.step_schedule,
         Worker.leave,
     ],
-    ids=["pull", "push", "push_pull", "push_pull_async", "skip_round", "step_schedule", "leave"],
+    ids=["pull", "push", "push_pull", "push_pull_async", "skip_round", "update_group", "step_schedule", "leave"],
 )
 @pytest.mark.parametrize("value", [1, np.nan], ids=["applied", "failed"])
 def test_every_call_comes_after_a_pending_push_and_does_not_fail_with_it(

@@ -16,7 +16,7 @@ from optserve.client._connection import Connection
 from optserve.client._transport import Outgoing
 from optserve.client._worker import Worker
 from optserve.client._worker_session import WorkerSession
-from optserve.v1 import data_pb2, optimizer_pb2, workers_pb2
+from optserve.v1 import data_pb2, jobs_pb2, optimizer_pb2, workers_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import errors, reasons
 from optserve.wire.chunks import Chunk, to_inline
@@ -24,6 +24,7 @@ from optserve.wire.layout import Layout
 from optserve.wire.methods import Item
 
 LAYOUT = Layout().extended(0, [("w", (3,), np.dtype(np.float32))])
+DESCRIBED: dict[str, Any] = {"layout": LAYOUT.to_proto(), "groups": [pb.Group()]}
 GRADIENTS = {"w": np.ones(3, np.float32)}
 Answer = data_pb2.StreamResponse
 
@@ -84,17 +85,13 @@ class Written:
         self.streams = list(streams)
         self.joins = [
             workers_pb2.JoinResponse(
-                name="rank0",
-                epoch=epoch,
-                workers=1,
-                layout=LAYOUT.to_proto(),
-                lease_seconds=3000,
-                schedule_steps=schedule_steps,
+                name="rank0", epoch=epoch, workers=1, lease_seconds=3000, schedule_steps=schedule_steps, **DESCRIBED
             )
             for epoch, schedule_steps in zip(range(1, joins + 1), (4, 3), strict=False)
         ]
         self.others = list(unary)
         self.pushes: list[pb.CallIdentity] = []
+        self.changes: list[list[pb.GroupChange]] = []
         self.opens: list[data_pb2.StreamOpen] = []
         self.calls: list[Message] = []
         self.pulls = 0
@@ -106,6 +103,8 @@ class Written:
             return self.joins.pop(0)
         if path.endswith("/Leave"):
             return workers_pb2.LeaveResponse()
+        if path.endswith("/GetJob"):
+            return jobs_pb2.GetJobResponse(job=DESCRIBED)
         found = self.others.pop(0)
         if isinstance(found, Exception):
             raise found
@@ -125,6 +124,7 @@ class Written:
         for item in items:
             if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "push":
                 self.pushes.append(item.push.call)
+                self.changes.append(list(item.push.changes))
             if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "open":
                 self.opens.append(item.open)
             if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "pull":
@@ -187,6 +187,26 @@ def test_a_void_round_is_sent_again_on_the_same_stream() -> None:
     joined(transport).push(GRADIENTS)
     assert seqs(transport) == [1, 1, 1]
     assert len(transport.opens) == 1
+
+
+def test_an_edit_goes_with_every_repeat_of_its_push_and_with_no_other() -> None:
+    transport = Written([opened(0), Answer(resend=data_pb2.RoundResend()), AWAY], [opened(1), pushed(1), pushed(2)])
+    worker = joined(transport)
+    worker.update_group(0, lr=0.5)
+    worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    (change,) = transport.changes[0]
+    assert transport.changes == [[change], [change], [change], []]
+
+
+def test_an_edit_is_dropped_and_said_to_be_if_it_is_not_known_what_became_of_its_push() -> None:
+    transport = Written([opened(0), errors.InternalError("a defect")], [opened(0), pushed(1)])
+    worker = joined(transport)
+    worker.update_group(0, lr=0.5)
+    with pytest.raises(errors.InternalError, match=r"a defect\n.*\(group 0: lr\) is dropped"):
+        worker.push(GRADIENTS)
+    worker.push(GRADIENTS)
+    assert [len(changes) for changes in transport.changes] == [1, 0]
 
 
 def test_a_waiting_round_is_logged_with_who_is_missing(caplog: pytest.LogCaptureFixture) -> None:

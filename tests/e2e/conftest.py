@@ -25,7 +25,13 @@ class Model:
 
     def draw(self, *seed: int) -> dict[str, Any]:
         bits = np.random.default_rng(seed)
-        return {name: bits.normal(size=shape).astype(self.dtypes[name]) for name, shape in self.shapes.items()}
+
+        def one(name: str, shape: tuple[int, ...]) -> Any:
+            real = bits.normal(size=shape)
+            turned = real + 1j * bits.normal(size=shape) if self.dtypes[name].kind == "c" else real
+            return turned.astype(self.dtypes[name])
+
+        return {name: one(name, shape) for name, shape in self.shapes.items()}
 
     def groups(self, **second: Any) -> list[dict[str, Any]]:
         """Two groups: the first half of the parameters, and the others with hyperparameters of their own."""
@@ -51,8 +57,9 @@ def small() -> Model:
 
 @pytest.fixture
 def mixed() -> Model:
-    """All four dtypes."""
-    return Model({"w": ml_dtypes.bfloat16, "b": np.float64, "s": np.float16, "embedding": ml_dtypes.bfloat16})
+    """All six dtypes."""
+    real = {"w": ml_dtypes.bfloat16, "b": np.float64, "s": np.float16, "embedding": ml_dtypes.bfloat16}
+    return Model(real | {"z": np.complex64, "zz": np.complex128}, {**SHAPES, "z": (300, 500), "zz": (2, 3)})
 
 
 def _plain(entry: Any) -> Any:

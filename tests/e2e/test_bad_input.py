@@ -124,39 +124,6 @@ def test_an_edit_of_no_group(job: Job, refused: Any, index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "arguments", "message"),
-    [
-        (
-            errors.UnknownScheduleError,
-            "SteppLR",
-            {},
-            "'SteppLR' is not known; did you mean 'StepLR'.*known: .*CosineAnnealingLR",
-        ),
-        (errors.UnknownScheduleError, "Warmup", {}, "known: "),
-        (errors.UnknownScheduleError, "StepLR", {"step_size": 1, "gama": 0.1}, "did you mean 'gamma'"),
-        (errors.InvalidHyperparameterError, "StepLR", {"step_size": 0}, "step_size is 0"),
-        (errors.InvalidHyperparameterError, "StepLR", {"step_size": "a"}, "step_size is 'a'"),
-        (errors.InvalidHyperparameterError, "ExponentialLR", {"gamma": math.nan}, "gamma is nan"),
-        (errors.InvalidHyperparameterError, "MultiStepLR", {"milestones": 3}, "milestones is 3"),
-        (errors.InvalidHyperparameterError, "LinearLR", {"start_factor": 2.0}, "Starting multiplicative factor"),
-    ],
-    ids=str,
-)
-def test_a_schedule_that_cannot_be(
-    job: Job, refused: Any, kind: Any, name: str, arguments: dict[str, Any], message: str
-) -> None:
-    with refused(kind, message):
-        job.set_lr_schedule(name, **arguments)
-
-
-def test_a_step_of_no_schedule(job: Job, worker: Worker, refused: Any) -> None:
-    with refused(errors.InvalidArgumentError, "no schedule"):
-        job.step_schedule()
-    with refused(errors.InvalidArgumentError, "no schedule"):
-        worker.step_schedule()
-
-
-@pytest.mark.parametrize(
     ("kind", "gradients", "message"),
     [
         (errors.ShapeMismatchError, {"w": W.T}, r"gradient 'w' has shape \(4, 3\); the parameter has shape \(3, 4\)"),

@@ -135,6 +135,28 @@ def test_a_push_that_is_cut_at_any_byte_is_applied_exactly_once(app: App, proxy:
         assert direct.job("j").position().step == len(CUTS)
 
 
+def test_an_edit_whose_push_is_cut_at_any_byte_is_made_exactly_once(app: App, proxy: Proxy) -> None:
+    """Its answer may be lost and another client may edit meanwhile: the repeat does not undo that."""
+    with connect(app.address) as direct, connect(proxy.address) as server:
+        job = direct.create_job("j", zeros(), optimizer="sgd", lr=1.0, momentum=0.9)
+        with server.job("j").join() as worker:
+            for step, (direction, count) in enumerate(CUTS, 1):
+                proxy.cut_after(direction, count)
+                worker.update_group(0, lr=1 / step)
+                worker.push_pull(gradient(step))
+                assert proxy.cuts == step
+                assert worker.last_step.lr == (1 / step,)
+                job.update_group(0, momentum=0.5 / step)
+                worker.push(gradient(step))
+                group = worker.param_groups[0]
+                assert (group["lr"], group["momentum"]) == (1 / step, 0.5 / step)
+        messages = [event.message for event in job.events() if event.kind == "group"]
+        assert messages == [
+            f"group 0: {edit}" for n in range(1, len(CUTS) + 1) for edit in (f"lr={1 / n}", f"momentum={0.5 / n}")
+        ]
+        assert job.position().step == 2 * len(CUTS)
+
+
 def test_administrative_calls_that_are_cut_are_applied_once(app: App, proxy: Proxy) -> None:
     with connect(app.address) as direct, connect(proxy.address) as server:
         direct.create_job("j", zeros(), optimizer="sgd", lr=1.0)

@@ -27,6 +27,19 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "MultiStepLR": {"milestones": [2, 5]},
     "LinearLR": {"total_iters": 6},
     "ExponentialLR": {"gamma": 0.9},
+    "CosineAnnealingWarmRestarts": {"T_0": 2, "T_mult": 2},
+    "ReduceLROnPlateau": {"patience": 1, "cooldown": 1},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": [0.1, 0.2], "step_size_up": 3},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 12},
+    "SWALR": {"swa_lr": 0.05, "anneal_epochs": 5},
+    "LambdaLR": {"lr_lambda": lambda epoch: 0.9**epoch},
+    "SequentialLR": {
+        "schedulers": [
+            ("LinearLR", {"total_iters": 4}),
+            ("ChainedScheduler", {"schedulers": [("MultiplicativeLR", {"lr_lambda": lambda _: 0.9}), ("ConstantLR", {})]}),
+        ][::-1],
+        "milestones": [4],
+    },
 }
 
 
@@ -43,13 +56,14 @@ def create(server: Server, name: str, options: dict[str, Any], model: Any, sched
 
 
 def go_on(job: Job, model: Any, steps: range) -> None:
+    metrics = [0.5, 0.25, 0.5] if job.lr_schedule.name == "ReduceLROnPlateau" else [None]
     with job.join() as worker:
         for step in steps:
             gradients = model.draw(1, step)
             if step % 3 == 1:
                 gradients["b"] = None
             worker.push_pull(gradients)
-            worker.step_schedule()
+            worker.step_schedule(metrics[step % len(metrics)])
             if step == 2:
                 job.update_group(1, lr=0.03)
 

@@ -3,15 +3,221 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from optserve.client import Server, connect, errors
+from optserve.client import Job, Server, connect, errors
 from optserve.server.app import App
+from optserve.server.backends import select
+from optserve.server.formulas import OPTIMIZERS, Optimizer
+from optserve.server.jobs.spec import EXTRAS, edited
+from optserve.server.store import Store
 
 ONES = {"w": np.ones(4, np.float32)}
+
+
+def others(value: Any) -> list[Any]:
+    """Values of the same type, of which a check may refuse some."""
+    if value is None:
+        return [False, True, "match_rms_adamw", 0.5]
+    if isinstance(value, str):
+        return ["original", None]
+    if isinstance(value, tuple):  # of which the numbers travel as floats
+        value = tuple(float(entry) if isinstance(entry, int) else entry for entry in value)
+        places = [(at, entry) for at in reversed(range(len(value))) for entry in others(value[at])]
+        return [(*value[:at], entry, *value[at + 1 :]) for at, entry in places]
+    if isinstance(value, bool):
+        return [not value]
+    steps = [value + 1, value - 1] if isinstance(value, int) else [value / 2, 2 * value]
+    return [entry for entry in (*([] if value else [0.125]), *steps) if entry != value]
+
+
+def proposals(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Edits of one hyperparameter: alone, then with one more that may be in its way."""
+    beside = [{key: v} for key, default in optimizer.defaults.items() if key != name for v in (default, *others(group[key]))]
+    for more in ({}, *beside):
+        for value in others(group.get(name, 0.0)):
+            yield {**more, name: value}
+
+
+def edits_of(optimizer: Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Edits that are allowed one after the other and change every hyperparameter; each with the group that it leaves."""
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    group: dict[str, Any] = dict(optimizer.defaults)
+    for name in (*optimizer.defaults, *sorted(EXTRAS)):
+        for edit in proposals(optimizer, group, name):
+            try:
+                group = edited(optimizer, group, edit)
+            except errors.InvalidHyperparameterError:
+                continue
+            found.append((edit, group))
+            break
+    assert {key for edit, _ in found for key in edit} == {*optimizer.defaults, *EXTRAS}
+    return found
+
+
+class Straight:
+    """The same steps without a server: a store, its groups given by hand."""
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        optimizer = OPTIMIZERS[name]
+        self.store = Store(optimizer, select("numpy"))
+        self.store.add_group([(key, value.shape, value.dtype) for key, value in values.items()])
+        self.store.set_values(values)
+        self.store.seal()
+        self.store.create_state([optimizer.defaults])
+
+    def step(self, group: Mapping[str, Any], gradients: Mapping[str, Any]) -> dict[str, Any]:
+        flats = self.store.accumulators()
+        for place in self.store.layout.places:
+            place.shaped(flats[place.array_id])[...] = gradients[place.name]
+        self.store.update([group], flats)
+        return dict(self.store.export().values)
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.store.export().state)
+
+
+def state_of(job: Job) -> dict[str, Any]:
+    """A state_dict's state, keyed as a store's is."""
+    state_dict = job.state_dict()
+    names = state_dict["param_groups"][0]["param_names"]
+    entries = [(names[index], slot, value) for index, entry in state_dict["state"].items() for slot, value in entry.items()]
+    return {f"{slot}/{name}": np.asarray(value) for name, slot, value in entries}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_hyperparameter_of_every_optimizer_can_be_edited_while_it_trains(app: App, name: str, same: Any) -> None:
+    """By the worker with its push and by another client in turn; bit for bit the run with the same edits by hand."""
+    bits = np.random.default_rng(1)
+    shapes = {"w": (40, 50), "v": (3, 7)}
+
+    def draw() -> dict[str, Any]:
+        return {key: bits.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+
+    values = draw()
+    straight = Straight(name, values)
+    with connect(app.address) as one, connect(app.address) as other:
+        job = one.create_job("j", values, optimizer=name)
+        admin = other.job("j")
+        with job.join() as worker:
+            for step, (edit, group) in enumerate([({}, dict(OPTIMIZERS[name].defaults)), *edits_of(OPTIMIZERS[name])]):
+                by_worker = step % 2 == 0
+                version = 0
+                if by_worker:
+                    worker.update_group(0, **edit)
+                elif edit:
+                    version = admin.update_group(0, **edit).version
+                gradients = draw()
+                same(worker.push_pull(gradients), straight.step(group, gradients))
+                assert {**group, "params": ["w", "v"]} == worker.param_groups[0] == job.param_groups[0]
+                assert [key for key in worker.param_groups[0] if key != "params"] == list(group)
+                if edit:
+                    (event,) = [event for event in job.events()[-3:] if event.kind == "group"]
+                    assert event.message == f"group 0: {', '.join(f'{key}={value!r}' for key, value in edit.items())}"
+                    assert event.position.version == (version or worker.last_step.version)
+        expected = straight.state()
+        found = state_of(job)
+        same({key: found[key] for key in expected}, expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("consistency", ["sync", "async"])
+def test_an_edit_on_every_rank_is_one_edit_and_every_rank_is_told(
+    server: Server, side_by_side: Any, workers: int, consistency: str
+) -> None:
+    job = server.create_job("j", {"w": np.zeros(4)}, optimizer="sgd", lr=1.0, workers=workers, consistency=consistency)
+    barrier = threading.Barrier(workers)
+
+    def work() -> tuple[float, ...]:
+        rates = []
+        with job.join() as worker:
+            for rate in (1.0, 0.5, 0.25):
+                barrier.wait(30)
+                worker.update_group(0, lr=rate)
+                worker.push({"w": np.ones(4)})
+                barrier.wait(30)
+                rates.append(worker.param_groups[0]["lr"])
+                assert worker.last_step.lr == (rate,)
+        return tuple(rates)
+
+    assert side_by_side([work] * workers) == [(1.0, 0.5, 0.25)] * workers
+    assert job.param_groups[0]["lr"] == 0.25
+    messages = [event.message for event in job.events() if event.kind == "group"]
+    assert messages == [
+        f"group 0: lr={rate}" for rate in (1.0, 0.5, 0.25) for _ in range(1 if consistency == "sync" else workers)
+    ]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_ranks_that_disagree_are_all_told_both_values_and_go_on(server: Server, side_by_side: Any, workers: int) -> None:
+    job = server.create_job("j", {"w": np.zeros(4, np.float32)}, optimizer="sgd", lr=1.0, workers=workers)
+    ranks = [job.join() for _ in range(workers)]
+    before = job.param_groups
+    ranks[0].update_group(0, lr=0.5)
+    ranks[-1].update_group(0, lr=0.25)
+
+    def refused(worker: Any) -> Any:
+        with pytest.raises(errors.RanksDisagreeError) as caught:
+            worker.push(ONES)
+        return caught.value
+
+    for rank, error in enumerate(side_by_side([lambda worker=worker: refused(worker) for worker in ranks])):
+        assert f"lr of group 0 to different values: rank 0 to 0.5, rank {workers - 1} to 0.25" in str(error)
+        assert hasattr(error, "__notes__") == (rank in (0, workers - 1)), "who had an edit is told that it is dropped"
+    assert (job.param_groups, job.position().step) == (before, 0)
+    found = side_by_side([lambda worker=worker: worker.push_pull(ONES) for worker in ranks])
+    assert [weights["w"].tolist() for weights in found] == [[-1.0] * 4] * workers
+    for worker in ranks:
+        worker.leave()
+
+
+@pytest.mark.parametrize("how", ["restored", "created again", "started again"])
+def test_edits_and_the_schedules_position_survive_a_checkpoint(
+    start_app: Callable[..., App], embedded: Server, same: Any, tmp_path: Path, how: str
+) -> None:
+    draw = np.random.default_rng(2).normal(size=(12, 4)).astype(np.float32)
+
+    def go_on(job: Job, steps: range) -> list[Any]:
+        rates = []
+        with job.join() as worker:
+            for step in steps:
+                if step in (1, 6):
+                    worker.update_group(0, lr=0.7 / step, betas=(0.5, 0.5 + step / 100))
+                if step in (2, 7):
+                    job.update_group(0, weight_decay=step / 10)
+                worker.push({"w": draw[step]})
+                rates.append(worker.last_step.lr)
+                worker.step_schedule()
+        return [rates, job.param_groups, job.lr_schedule, job.pull()["w"].tobytes(), job.position().step]
+
+    def create(server: Server, name: str) -> Job:
+        job = server.create_job(name, {"w": np.zeros(4, np.float32)}, optimizer="adam", lr=0.1)
+        job.set_lr_schedule("CosineAnnealingLR", T_max=6)
+        go_on(job, range(5))
+        return job
+
+    expected = go_on(create(embedded, "straight"), range(5, 10))
+    app = start_app(data_dir=tmp_path / "data")
+    with connect(app.address) as server:
+        job = create(server, "job")
+        before = [job.param_groups, job.lr_schedule]
+        if how == "restored":
+            job.save_checkpoint("c")
+            go_on(job, range(5, 8))
+            job.restore_checkpoint("c")
+        elif how == "created again":
+            job.save_checkpoint("c")
+            job = server.create_job("again", from_checkpoint=job.download_checkpoint("c", tmp_path / "c"))
+        else:
+            app.stop()
+            start_app(data_dir=tmp_path / "data", address=app.address)
+        assert [job.param_groups, job.lr_schedule] == before
+        assert go_on(job, range(5, 10)) == expected
 
 
 def test_an_edit_by_another_client_holds_from_the_next_step_on_and_is_not_undone(app: App) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from optserve.client import Job, Server, connect
 from optserve.server.app import App
+from optserve.wire.dtypes import state_dtype, storage_dtype
 
 WEIGHTS = (1.0, 3.0, 0.0, 2.5)
 
@@ -201,8 +202,9 @@ def test_a_large_model_of_every_dtype_and_several_groups_goes_there_and_back(ser
     with job.join() as worker:
         found = worker.push_pull(mixed.draw(1))
     for index, (name, start) in enumerate(mixed.draw(0).items()):
-        dtype = np.float64 if start.dtype == np.float64 else np.float32
-        expected = start.astype(dtype) - dtype(1.0 if index < 2 else 0.5) * mixed.draw(1)[name].astype(dtype)
+        dtype = state_dtype(start.dtype)
+        rate = storage_dtype(dtype).type(1.0 if index < 3 else 0.5)
+        expected = start.astype(dtype) - rate * mixed.draw(1)[name].astype(dtype)
         same({name: found[name]}, {name: expected.astype(start.dtype)})
 
 
@@ -289,7 +291,10 @@ def test_skip_keeps_a_bad_step_from_all(server: Server, small: Any, side_by_side
         assert first.last_step.step == 1
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.complex64, np.complex128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_a_model_of_one_dtype(server: Server, dtype: Any, same: Any) -> None:
     start = {"w": np.arange(10).astype(dtype)}
     job = server.create_job("j", start, optimizer="sgd", lr=1.0)

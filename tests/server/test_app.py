@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from optserve.client import connect
+from optserve.server import backends
 from optserve.server.app import App, ServerConfig, start_line
 from optserve.v1 import workers_pb2
 from optserve.wire import errors
@@ -81,6 +83,19 @@ def test_a_server_in_process_does_not_listen() -> None:
     app.stop()
 
 
+def test_the_start_line_says_why_no_gpu_is_used_if_it_was_to_be(
+    start_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optserve.server.backends.gpu_obstacle", lambda: "it is elsewhere")
+    monkeypatch.setattr(sys.modules["optserve.server.app.serve"], "gpu_obstacle", lambda: "it is elsewhere")
+    find_spec = importlib.util.find_spec
+    for installed in (True, False):
+        spec = find_spec("json") if installed else None
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec if name == "cupy" else find_spec(name))
+        assert ("no GPU is used: it is elsewhere" in start_line(start_app(backend="auto"))) == installed
+        assert "no GPU" not in start_line(start_app(backend="numpy"))
+
+
 def test_the_start_line_says_what_survives(start_app: Callable[..., App], tmp_path: Path) -> None:
     assert "in memory only" in start_line(start_app())
     said = start_line(start_app(data_dir=tmp_path / "data"))
@@ -110,8 +125,10 @@ def test_a_data_dir_that_cannot_be_is_a_typed_error(tmp_path: Path) -> None:
         App(ServerConfig(address="127.0.0.1:0", backend="numpy", data_dir=tmp_path / "file"))
 
 
-def test_a_backend_that_is_not_there_is_a_typed_error() -> None:
-    with pytest.raises(errors.OptserveError, match="cupy"):
+def test_a_backend_that_is_not_there_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends._cupy.cache_clear()
+    monkeypatch.setattr("optserve.server.backends.cupy.device.obstacle", lambda: "there is no NVIDIA driver")
+    with pytest.raises(errors.MissingExtraError, match="there is no NVIDIA driver"):
         App(ServerConfig(backend="cupy"))
 
 

@@ -23,6 +23,9 @@ def tensors() -> list[bundle.Tensor]:
         ("b", "", random.standard_normal((2, 3)).astype(ml_dtypes.bfloat16).T),
         ("s", "", np.float32(3.5).reshape(())),
         ("e", "", np.zeros((1, 0, 2), np.float32)),
+        ("z", "", random.standard_normal(12).astype(np.float32).view(np.complex64).reshape(2, 3).T),
+        ("z", "mu_product", np.float32(0.5).reshape(())),
+        ("zz", "exp_avg", random.standard_normal(10).view(np.complex128)),
     ]
 
 

@@ -10,6 +10,7 @@ import pytest
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import errors
 from optserve.wire.errors import InternalError, OptserveError
+from optserve.wire.names import nearest
 from optserve.wire.reasons import ERRORS, from_detail, to_detail
 
 BUILTINS = {
@@ -90,4 +91,4 @@ def test_tree_at_the_top_of_the_file_is_the_tree() -> None:
     ],
 )
 def test_message_about_an_unknown_name_offers_the_nearest(name: str, expected: str) -> None:
-    assert errors.nearest(name, ["Adam", "AdamW", "SGD"]) == expected
+    assert nearest(name, ["Adam", "AdamW", "SGD"]) == expected

@@ -11,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optserve.v1 import types_pb2 as pb
+from optserve.wire import dtypes
 from optserve.wire.chunks import CHUNK_BYTES
 from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, ProtocolViolationError, UnknownParameterError
 from optserve.wire.layout import ALIGNMENT, Layout
 
 F32, F16, BF16, F64 = (np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+C64, C128 = np.dtype(np.complex64), np.dtype(np.complex128)
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
-GROUPS = st.lists(st.lists(st.tuples(SHAPES, st.sampled_from([F32, F16, BF16, F64])), min_size=1, max_size=5), max_size=3)
+KINDS = st.sampled_from([F32, F16, BF16, F64, C64, C128])
+GROUPS = st.lists(st.lists(st.tuples(SHAPES, KINDS), min_size=1, max_size=6), max_size=3)
 
 
 def build(groups: list[list[tuple[tuple[int, ...], np.dtype]]]) -> Layout:
@@ -28,14 +31,15 @@ def build(groups: list[list[tuple[tuple[int, ...], np.dtype]]]) -> Layout:
 
 
 @given(GROUPS)
-def test_parameters_are_aligned_apart_and_inside_the_array_of_their_group_and_dtype(groups: list) -> None:
+def test_parameters_are_aligned_apart_and_inside_the_array_of_their_group_and_real_dtype(groups: list) -> None:
     layout = build(groups)
     assert [place.index for place in layout.places] == list(range(len(layout.places)))
     assert [array.array_id for array in layout.arrays] == list(range(len(layout.arrays)))
     ends = dict.fromkeys(range(len(layout.arrays)), 0)
     for place in layout.places:
         array = layout.arrays[place.array_id]
-        assert (array.dtype, str(array.group)) == (place.dtype, place.name.partition(".")[0])
+        assert (array.dtype, str(array.group)) == (dtypes.storage_dtype(place.dtype), place.name.partition(".")[0])
+        assert place.size * array.dtype.itemsize == math.prod(place.shape) * place.dtype.itemsize
         assert place.offset % ALIGNMENT == 0
         assert place.offset >= ends[place.array_id]
         ends[place.array_id] = place.offset + place.size
@@ -78,6 +82,36 @@ def test_views_share_memory_with_the_arrays() -> None:
     assert list(layout.views({0: flat}, ["0.1"])) == ["0.1"]
 
 
+def test_a_complex_parameter_lies_as_pairs_of_reals_among_the_real_ones() -> None:
+    layout = build([[((3, 2), C64), ((5,), F32), ((), C128), ((1, 0, 2), C64), ((20,), C128)]])
+    assert [(array.dtype, array.length) for array in layout.arrays] == [(F32, 64), (F64, 96)]
+    flats = {array.array_id: np.arange(array.length).astype(array.dtype) for array in layout.arrays}
+    views = layout.views(flats)
+    for place in layout.places:
+        view = views[place.name]
+        assert (view.dtype, view.shape) == (place.dtype, place.shape)
+        assert np.shares_memory(view, flats[place.array_id]) or not place.size
+    np.testing.assert_array_equal(views["0.0"], (np.arange(0, 12, 2) + 1j * np.arange(1, 12, 2)).reshape(3, 2))
+    np.testing.assert_array_equal(views["0.1"], np.arange(32, 37))
+    np.testing.assert_array_equal(views["0.2"], 0 + 1j)
+    assert layout.padding(0, 0).tolist() == [*range(12, 32), *range(37, 64)]
+    views["0.4"][0] = -1 - 2j
+    assert flats[1][32:35].tolist() == [-1, -2, 34]
+
+
+def test_state_of_a_16_bit_parameter_is_shaped_in_the_state_dtype() -> None:
+    place = build([[((3, 4), BF16)]]).places[0]
+    flat = np.arange(32, dtype=np.float32)
+    np.testing.assert_array_equal(place.shaped(flat), np.arange(12, dtype=np.float32).reshape(3, 4), strict=True)
+
+
+def test_layout_with_a_complex_array_is_refused() -> None:
+    layout = build([[((3, 4), C64)]]).to_proto()
+    layout.arrays[0].dtype = pb.DATA_TYPE_COMPLEX64
+    with pytest.raises(ProtocolViolationError, match="array 0 has dtype complex64; a flat array holds reals"):
+        Layout.from_proto(layout)
+
+
 def test_unknown_parameter_is_named_beside_the_known_ones() -> None:
     with pytest.raises(UnknownParameterError, match=r"gradient 'w9' is not in the job; its parameters are '0\.0'"):
         build([[((3,), F32)]]).place("w9", "gradient")
@@ -104,16 +138,17 @@ def test_group_that_cannot_be_laid_out_is_refused(parameters: list, error: type[
 
 @given(GROUPS, st.data())
 def test_blocks_of_are_the_grid_blocks_that_hold_any_element(groups: list, data: st.DataObject) -> None:
-    groups.append([((CHUNK_BYTES // 3,), F32), ((70_000, 5), F32), ((1,), F64)])
+    groups.append([((CHUNK_BYTES // 3,), F32), ((70_000, 5), F32), ((1,), F64), ((70_000, 3), C64)])
     layout = build(groups)
     chosen = data.draw(st.sets(st.sampled_from(range(len(layout.places)))))
     expected: dict[int, set[int]] = {}
     for place in (layout.places[index] for index in chosen):
-        begin = place.offset * place.dtype.itemsize
+        begin = place.offset * dtypes.storage_dtype(place.dtype).itemsize
         end = begin + math.prod(place.shape) * place.dtype.itemsize
         touched = {
             block for block in range(10) if begin < (block + 1) * CHUNK_BYTES and end > block * CHUNK_BYTES and end > begin
         }
         if touched:
             expected.setdefault(place.array_id, set()).update(touched)
+        assert place.span == (begin, end)
     assert layout.blocks_of(chosen) == {array_id: sorted(blocks) for array_id, blocks in sorted(expected.items())}

@@ -19,7 +19,7 @@ VALUES = st.one_of(
     st.integers(-(2**63), 2**63 - 1),
     st.floats(allow_nan=False),
     st.text(st.characters(codec="utf-8")),
-    st.lists(st.floats(allow_nan=False), max_size=4).map(tuple),
+    st.lists(st.none() | st.floats(allow_nan=False), max_size=4).map(tuple),
 )
 
 
@@ -75,6 +75,11 @@ def test_numpy_scalars_and_lists_count_as_python_values(value: object, expected:
 def test_value_that_cannot_travel_is_refused_by_name(value: object) -> None:
     with pytest.raises(InvalidHyperparameterError, match="weight_decay is "):
         values.to_value("weight_decay", value)
+
+
+def test_a_tuple_cannot_be_none_where_it_has_no_number() -> None:
+    with pytest.raises(InvalidHyperparameterError, match="number 2 of a tuple of 2 cannot be None"):
+        values.from_value(pb.Value(numbers=pb.NumberList(values=[0.1, 0.2], none=[0, 2])))
 
 
 def test_hyperparameters_keep_their_order() -> None:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import click
 
+from optserve.cli import schedulers
+from optserve.wire.arguments import SCHEDULERS, ScheduleValue
 from optserve.wire.values import Value
 
 LISTS = ("betas", "milestones")
 """Keys whose value is a list even if it has one number."""
 
 _WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
+_NONE = re.compile(r"\bnone\b")
+"""Within a list, as in Adafactor's eps=none,1e-3."""
 
 
 class Assignment(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
-    """One KEY=VALUE. Values are numbers, true, false, none, several numbers (0.9,0.99), or text."""
+    """One KEY=VALUE. Values are numbers, true, false, none, several numbers (0.9,0.99; one may be none), or text.
+
+    That of `schedulers` is schedules: LinearLR(total_iters=5), CosineAnnealingLR(T_max=20).
+    """
 
     name = "key=value"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Value]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ScheduleValue]:
         key, equals, text = str(value).partition("=")
         if not equals or not key.isidentifier():
             self.fail(f"{value!r} is not of the form KEY=VALUE, as in lr=1e-4", param, ctx)
+        if key == SCHEDULERS:
+            try:
+                return key, schedulers.parse(text)
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
         found = _parse(text)
         if key in LISTS and isinstance(found, int | float) and not isinstance(found, bool):
             return key, (found,)
@@ -34,20 +47,20 @@ def _parse(text: str) -> Value:
     if word.lower() in _WORDS:
         return _WORDS[word.lower()]
     try:
-        found = ast.literal_eval(word)
+        found = ast.literal_eval(word if {"'", '"'} & set(word) else _NONE.sub("None", word))
     except (ValueError, SyntaxError):
         try:
             return float(word)  # nan and inf, which the server refuses by name
         except ValueError:
             return word
     if isinstance(found, list | tuple):
-        return tuple(entry for entry in found) if all(isinstance(entry, int | float) for entry in found) else word
+        return tuple(entry for entry in found) if all(isinstance(entry, int | float | None) for entry in found) else word
     return found if isinstance(found, int | float | str) else word
 
 
-def collect(assignments: tuple[tuple[str, Value], ...]) -> dict[str, Value]:
+def collect(assignments: tuple[tuple[str, ScheduleValue], ...]) -> dict[str, ScheduleValue]:
     """As a mapping. A key that is given twice is a usage error."""
-    values: dict[str, Value] = {}
+    values: dict[str, ScheduleValue] = {}
     for key, value in assignments:
         if key in values:
             raise click.UsageError(f"{key} is given twice")

@@ -23,6 +23,7 @@ from optserve.wire.errors import OptserveError
 _SMALL_SHM = 256 << 20
 """Docker's default /dev/shm has 64 MiB."""
 
+_USED = "what `optserve serve` uses for its updates"
 _PROBE_SECONDS = 60.0
 _NUMBA_PROBE = """
 import time, numpy, numba
@@ -30,11 +31,12 @@ begin = time.perf_counter()
 numba.njit(nogil=True)(lambda values: values * 2)(numpy.ones(8, numpy.float32))
 print(f"{time.perf_counter() - begin:.2f}")
 """
-_CUPY_PROBE = """
-import cupy
-runtime = cupy.cuda.runtime
-names = [runtime.getDeviceProperties(index)["name"].decode() for index in range(runtime.getDeviceCount())]
-print(", ".join(names), f"(cupy {cupy.__version__})")
+_GPU_PROBE = """
+import sys
+from optserve.server import backends
+why = backends.gpu_obstacle()
+print(" ".join(why.split()) if why else backends.select("cupy").description, file=sys.stderr if why else sys.stdout)
+sys.exit(why is not None)
 """
 
 
@@ -85,20 +87,22 @@ def _backend() -> Finding:
         from optserve.server import backends
     except ImportError as error:
         return Finding("bad", "none", f"{error}; {pip_command('server')}")
-    name = backends.select("auto").name
+    if not missing(["cupy"]) and _probe(_GPU_PROBE)[0]:
+        return Finding("ok", "cupy", _USED)
+    name = backends.select("numpy" if missing(["numba"]) else "numba").name
     if name == "numba":
-        return Finding("ok", name, "what `optserve serve` uses for its updates")
+        return Finding("ok", name, _USED)
     return Finding("note", name, f"NUMBA IS MISSING: updates run on NumPy, several times slower; {pip_command('server')}")
 
 
 def _gpu() -> Finding:
-    if missing(["cupy"]):
-        driver = "a driver is loaded" if Path("/proc/driver/nvidia/version").exists() else "no NVIDIA driver is loaded"
-        return Finding("note", "not used", f"cupy is not installed, {driver}; the GPU backend comes with a later version")
-    works, line = _probe(_CUPY_PROBE)
-    if not works:
-        return Finding("note", "not usable", line)
-    return Finding("ok", line, "the GPU backend comes with a later version")
+    """Why no GPU is used: CuPy, NVRTC, driver, device, in this order. In a process of its own, which compiles every kernel."""
+    works, line = _probe(_GPU_PROBE)
+    if works:
+        return Finding("ok", line, _USED)
+    if missing(["cupy"]) and not Path("/proc/driver/nvidia/version").exists():
+        return Finding("note", "not used", "there is no NVIDIA driver on this machine, and no CuPy")
+    return Finding("note", "not used", line)
 
 
 def _cores() -> Finding:

@@ -59,7 +59,7 @@ def _write_npz(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Non
         with zipfile.ZipFile(partial, "w") as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    npy.write_array(entry, np.ascontiguousarray(array), allow_pickle=False)
+                    npy.write_array(entry, np.asarray(array, order="C"), allow_pickle=False)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

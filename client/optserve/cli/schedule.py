@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -9,8 +10,8 @@ import click
 from optserve.cli.assignments import Assignment, collect
 from optserve.cli.options import example, json_option, opened, server_option
 from optserve.cli.output import print_json, print_pairs, text
-from optserve.wire.errors import InvalidArgumentError
-from optserve.wire.values import Value
+from optserve.wire.arguments import SCHEDULERS, WITH_FUNCTIONS, ScheduleValue, pairs
+from optserve.wire.errors import InvalidArgumentError, MissingFunctionError
 
 if TYPE_CHECKING:
     from optserve.client import Schedule
@@ -35,11 +36,16 @@ def document(found: Schedule | None) -> dict[str, object]:
 
 def describe(found: Schedule) -> str:
     """As torch's call would be written."""
-    arguments = ", ".join(f"{key}={_argument(value)}" for key, value in found.arguments.items())
-    return f"{found.name}({arguments})"
+    return _call(found.name, found.arguments)
 
 
-def _argument(value: Value) -> str:
+def _call(name: str, given: Mapping[str, object]) -> str:
+    return f"{name}({', '.join(f'{key}={_argument(key, value)}' for key, value in given.items())})"
+
+
+def _argument(key: str, value: object) -> str:
+    if key == SCHEDULERS:
+        return f"[{', '.join(_call(name, inner) for name, inner in pairs(key, value))}]"
     if isinstance(value, tuple):
         return f"({text(value)},)" if len(value) == 1 else f"({text(value)})"
     return text(value)
@@ -75,6 +81,9 @@ def show(job: str, server: str, as_json: bool) -> None:
     epilog=example(
         "optserve schedule set digits StepLR step_size=30 gamma=0.1",
         "optserve schedule set digits MultiStepLR milestones=10,20",
+        "optserve schedule set digits OneCycleLR max_lr=0.1,0.01 total_steps=100",
+        "optserve schedule set digits SequentialLR milestones=5 \\",
+        "    schedulers='LinearLR(total_iters=5), CosineAnnealingLR(T_max=20)'",
     ),
 )
 @click.argument("job")
@@ -82,26 +91,47 @@ def show(job: str, server: str, as_json: bool) -> None:
 @click.argument("values", nargs=-1, type=Assignment())
 @server_option
 @json_option
-def set_schedule(job: str, name: str, values: tuple[tuple[str, Value], ...], server: str, as_json: bool) -> None:
+def set_schedule(job: str, name: str, values: tuple[tuple[str, ScheduleValue], ...], server: str, as_json: bool) -> None:
     """Set or replace the schedule by torch's NAME and arguments.
 
-    A list is numbers with commas between them: milestones=10,20. One number does for milestones: milestones=10.
+    A list is numbers with commas between them: milestones=10,20. One number does for milestones: milestones=10. A list in
+    the place of one number is one a param group: max_lr=0.1,0.01. The schedules in a SequentialLR or ChainedScheduler are
+    written as torch's calls, in quotes.
     """
     arguments = collect(values)
+    _check_no_functions(name, arguments)
     with opened(server, job) as found:
         _print(found.set_lr_schedule(name, **arguments), as_json)
 
 
-@schedule.command(epilog=example("optserve schedule step digits"))
+def _check_no_functions(name: str, arguments: Mapping[str, ScheduleValue]) -> None:
+    if name.lower() in WITH_FUNCTIONS:
+        raise InvalidArgumentError(
+            f"{name} calls a Python function, and functions never travel: a process that has it sets and steps the schedule, "
+            f'with job.set_lr_schedule("{name}", lr_lambda=f)'
+        )
+    for part, inner in pairs(SCHEDULERS, arguments.get(SCHEDULERS, ())):
+        _check_no_functions(part, inner)
+
+
+@schedule.command(
+    epilog=example("optserve schedule step digits", "optserve schedule step digits --metric 0.31"),
+)
 @click.argument("job")
+@click.option("--metric", type=float, help="What ReduceLROnPlateau steps on.")
 @server_option
 @json_option
-def step(job: str, server: str, as_json: bool) -> None:
+def step(job: str, metric: float | None, server: str, as_json: bool) -> None:
     """Step the schedule once, now. Steps that workers take count beside it."""
     with opened(server, job) as found:
         if found.lr_schedule is None:
             raise InvalidArgumentError(f"job {job!r} has no schedule; `optserve schedule set {job} NAME ...` sets one")
-        _print(found.step_schedule(), as_json)
+        try:
+            _print(found.step_schedule(metric), as_json)
+        except MissingFunctionError as error:
+            raise MissingFunctionError(
+                f"{error}; the command line has none: a process that has it steps the schedule"
+            ) from error
 
 
 @schedule.command(epilog=example("optserve schedule remove digits"))

@@ -60,12 +60,12 @@ def _writable(_ctx: click.Context, _param: click.Parameter, file: Path | None) -
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "numba", "numpy"]),
+    type=click.Choice(["auto", "cupy", "numba", "numpy"]),
     default="auto",
     envvar="OPTSERVE_BACKEND",
     show_default=True,
     show_envvar=True,
-    help="What runs the updates. auto: numba, or numpy where numba is not installed. The GPU comes with a later version.",
+    help="What runs the updates. auto: cupy, if there are CuPy and a GPU, else numba, else numpy.",
 )
 @click.option(
     "--data-dir",

@@ -194,11 +194,7 @@ class GrpcStream:
         began = time.monotonic()
         try:
             return parse(METHODS[STREAM].response, next(self._call))
-        except StopIteration:
-            raise errors.ServerUnavailableError(
-                f"the server at {self._address} ended the stream", address=self._address
-            ) from None
-        except grpc.RpcError as error:
+        except (StopIteration, grpc.RpcError) as error:
             waited = time.monotonic() - began
             if self._failure is not None:
                 raise self._failure from None
@@ -208,6 +204,10 @@ class GrpcStream:
                 raise errors.DeadlineExceededError(
                     f"the stream to the server at {self._address} stood still for {timeout_seconds:.0f} s",
                     address=self._address,
+                ) from None
+            if isinstance(error, StopIteration):
+                raise errors.ServerUnavailableError(
+                    f"the server at {self._address} ended the stream", address=self._address
                 ) from None
             raise translate(error, self._address, waited) from None
         finally:

@@ -15,8 +15,8 @@ from optserve.wire.errors import (
     OptserveError,
     ServerStoppingError,
     ServerUnavailableError,
-    nearest,
 )
+from optserve.wire.names import nearest
 
 _ATTEMPT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.1

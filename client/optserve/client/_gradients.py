@@ -14,6 +14,7 @@ import numpy.typing as npt
 from optserve.client import _packing
 from optserve.client._transport import Pieces
 from optserve.v1 import data_pb2
+from optserve.wire import dtypes
 from optserve.wire.errors import DtypeMismatchError, InvalidArgumentError, ShapeMismatchError
 from optserve.wire.layout import Layout
 
@@ -136,8 +137,8 @@ def _digest(array: Array) -> bytes | None:
     if array.itemsize == 2:
         exponent = _FLOAT16_EXPONENT if array.dtype == np.float16 else _BFLOAT16_EXPONENT
         return _digest_of_bits(np.ascontiguousarray(array).reshape(-1).view(np.uint16), exponent)
-    flat = np.ascontiguousarray(array.reshape(-1, order="A"))
-    factors = _FACTORS[array.itemsize]
+    flat = np.ascontiguousarray(array.reshape(-1, order="A")).view(dtypes.storage_dtype(array.dtype))
+    factors = _FACTORS[flat.itemsize]
     whole = flat.size // _ROW * _ROW
     rest = np.dot(flat[whole:], factors[: flat.size - whole])
     sums = np.append(flat[:whole].reshape(-1, _ROW) @ factors, rest) if whole else np.asarray(rest)

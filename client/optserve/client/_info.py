@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from optserve.client import _schedule_state
 from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, server_pb2
 from optserve.v1 import types_pb2 as pb
+from optserve.wire.arguments import ScheduleValue, from_arguments
 from optserve.wire.layout import Layout
 from optserve.wire.values import Value, from_hyperparameters
 
@@ -169,20 +172,28 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning-rate schedule and where it stands. `last_epoch` is torch's; `learning_rates` has one a group."""
+    """A learning-rate schedule and where it stands. `last_epoch` is torch's; `learning_rates` has one a group.
+
+    `arguments` are without functions; `schedulers` are (class name, arguments) pairs.
+    """
 
     name: str
-    arguments: Mapping[str, Value]
+    arguments: Mapping[str, ScheduleValue]
     last_epoch: int
     learning_rates: tuple[float, ...]
+    _state: str = field(default="{}", repr=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict, which a torch scheduler of that class loads and goes on from; without functions, as there."""
+        return _schedule_state.from_text(self._state)
 
     @classmethod
     def from_proto(cls, schedule: optimizer_pb2.Schedule) -> Schedule | None:
         """None if there is none."""
         if not schedule.name:
             return None
-        arguments = from_hyperparameters(schedule.arguments)
-        return cls(schedule.name, arguments, schedule.last_epoch, tuple(schedule.learning_rates))
+        arguments = from_arguments(schedule.arguments)
+        return cls(schedule.name, arguments, schedule.last_epoch, tuple(schedule.learning_rates), schedule.state)
 
 
 @dataclass(frozen=True)

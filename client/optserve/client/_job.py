@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from optserve.client import _bundles, _checkpoint_files, _environment, _spec, _state_dict, _weights
+from optserve.client import _bundles, _checkpoint_files, _environment, _functions, _schedule_state, _spec, _state_dict, _weights
 from optserve.client._caller import Caller
-from optserve.client._connection import BULK_SECONDS, Connection
-from optserve.client._groups import ADVICE, ReadOnlyList, read_only
+from optserve.client._connection import BULK_SECONDS, Answer, Connection
+from optserve.client._functions import Functions, Given, LrLambdas
+from optserve.client._groups import ReadOnlyList, advice, read_only
 from optserve.client._info import Checkpoint, Event, JobInfo, Position, Schedule, group_entries
 from optserve.client._spec import ParamGroup
 from optserve.client._state_dict import StateDict
@@ -20,6 +21,7 @@ from optserve.client._worker import Worker
 from optserve.client._worker_session import WorkerSession
 from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, state_pb2
 from optserve.v1 import types_pb2 as pb
+from optserve.wire.arguments import to_arguments
 from optserve.wire.errors import InvalidArgumentError, ProtocolViolationError, ReadOnlyError, UnknownParameterError
 from optserve.wire.layout import Layout
 from optserve.wire.methods import Item
@@ -43,6 +45,7 @@ class Job:
         self._spec = info.spec
         self._layout = Layout.from_proto(info.layout)
         self._restored: set[str] = set()
+        self._functions = Functions()
         self._saw(info.position)
 
     def __repr__(self) -> str:
@@ -103,7 +106,7 @@ class Job:
             raise InvalidArgumentError(f"rank is {rank}; ranks count from 0")
         session = WorkerSession(self._caller, name or "", rank, self._restored)
         self._caller.told(lambda: session.join(timeout_seconds))
-        return Worker(session)
+        return Worker(session, self._functions)
 
     @property
     def param_groups(self) -> ReadOnlyList:
@@ -113,11 +116,11 @@ class Job:
         """
         answer = self._caller.read(optimizer_pb2.ListGroupsRequest(job_id=self.job_id), optimizer_pb2.ListGroupsResponse)
         self._saw(answer.position)
-        return read_only(group_entries(group) for group in answer.groups)
+        return read_only((group_entries(group) for group in answer.groups), "job")
 
     @param_groups.setter
     def param_groups(self, _: object) -> NoReturn:
-        raise ReadOnlyError(ADVICE)
+        raise ReadOnlyError(advice("job"))
 
     def update_group(self, index: int, /, **hyperparameters: object) -> Position:
         """Edits hyperparameters of one group, from the version in the answer on.
@@ -151,28 +154,65 @@ class Job:
     @property
     def lr_schedule(self) -> Schedule | None:
         """The schedule and where it stands, asked of the server; None if there is none."""
-        answer = self._caller.read(optimizer_pb2.GetScheduleRequest(job_id=self.job_id), optimizer_pb2.GetScheduleResponse)
-        self._saw(answer.position)
-        return Schedule.from_proto(answer.schedule)
+        return Schedule.from_proto(self._get_schedule())
 
     def set_lr_schedule(self, name: str | None, /, **arguments: object) -> Schedule | None:
-        """Sets or replaces the schedule by torch's class name and arguments; None removes it."""
-        given = to_hyperparameters(arguments)
-        answer = self._caller.mutate(
-            lambda call: self._connection.call(
-                optimizer_pb2.SetScheduleRequest(call=call, name=name or "", arguments=given), optimizer_pb2.SetScheduleResponse
-            )
-        )
+        """Sets or replaces the schedule by torch's class name and arguments; None removes it.
+
+        One number for all groups, or a list of one a group where torch takes that. `schedulers` of SequentialLR and
+        ChainedScheduler is a list of (class name, arguments) pairs. The functions of LambdaLR and MultiplicativeLR stay in
+        this process, for this Job and the workers that joined from it; only what they give is sent, step by step.
+
+        UnknownScheduleError for the name or an argument's, InvalidHyperparameterError for a value: nothing changed.
+        """
+        rest, functions = _functions.split(name or "", arguments)
+        wired = to_arguments(rest)
+
+        def call(given: Given) -> optimizer_pb2.SetScheduleResponse:
+            request = optimizer_pb2.SetScheduleRequest(name=name or "", arguments=wired, factors=given.factors)
+            return self._caller.mutate(lambda identity: self._identified(request, identity, optimizer_pb2.SetScheduleResponse))
+
+        answer = self._functions.create(functions, call)
+        self._functions.hold(answer.schedule.setting, functions)
+        self._functions.told(answer.schedule)
         self._saw(answer.position)
         return Schedule.from_proto(answer.schedule)
 
-    def step_schedule(self, metric: float | None = None) -> Schedule | None:
-        """Steps the schedule once, now; a worker's step_schedule() is counted over the ranks instead."""
+    def step_schedule(self, metric: float | None = None, *, lr_lambda: LrLambdas | None = None) -> Schedule | None:
+        """Steps the schedule once, now; a worker's step_schedule() is counted over the ranks instead.
+
+        metric: what ReduceLROnPlateau steps on; NaN is no improvement, as in torch. lr_lambda: the function of a LambdaLR or
+        MultiplicativeLR that another process has set, or a list of one a group; a list of those in depth-first order if
+        several schedules in it call functions. It is kept for later steps.
+
+        InvalidArgumentError if there is no schedule, or for a metric or function that it does not take or lacks.
+        """
+
+        value = _functions.number(metric)
+
+        def call(given: Given) -> optimizer_pb2.StepScheduleResponse:
+            request = optimizer_pb2.StepScheduleRequest(metric=value, factors=given.factors, setting=given.setting)
+            return self._caller.mutate(lambda identity: self._identified(request, identity, optimizer_pb2.StepScheduleResponse))
+
+        answer = self._functions.step(lr_lambda, call, self._get_schedule)
+        self._functions.told(answer.schedule)
+        self._saw(answer.position)
+        return Schedule.from_proto(answer.schedule)
+
+    def load_lr_schedule_state_dict(self, state_dict: Mapping[str, Any]) -> Schedule | None:
+        """Puts the schedule where a state_dict of its class stands: torch's own, or Schedule.state_dict(). The groups stay.
+
+        As in torch the schedule is set before, with the same arguments; those that the state_dict holds are taken from it.
+        InvalidStateDictError if it does not fit: nothing changed.
+        """
+        request = optimizer_pb2.LoadScheduleStateRequest(state=_schedule_state.to_text(state_dict))
+        held = self._functions.held(self._get_schedule().setting)
+        _schedule_state.check_functions(state_dict, held)
         answer = self._caller.mutate(
-            lambda call: self._connection.call(
-                optimizer_pb2.StepScheduleRequest(call=call, count=0, metric=metric), optimizer_pb2.StepScheduleResponse
-            )
+            lambda identity: self._identified(request, identity, optimizer_pb2.LoadScheduleStateResponse)
         )
+        _schedule_state.load_functions(state_dict, held)
+        self._functions.told(answer.schedule)
         self._saw(answer.position)
         return Schedule.from_proto(answer.schedule)
 
@@ -271,6 +311,20 @@ class Job:
     def delete(self) -> None:
         """Deletes the job with its state and checkpoints. Idempotent."""
         self._connection.call(jobs_pb2.DeleteJobRequest(job_id=self.job_id), jobs_pb2.DeleteJobResponse)
+
+    def _get_schedule(self) -> optimizer_pb2.Schedule:
+        answer = self._caller.read(optimizer_pb2.GetScheduleRequest(job_id=self.job_id), optimizer_pb2.GetScheduleResponse)
+        self._saw(answer.position)
+        return answer.schedule
+
+    def _identified(
+        self,
+        request: optimizer_pb2.SetScheduleRequest | optimizer_pb2.StepScheduleRequest | optimizer_pb2.LoadScheduleStateRequest,
+        identity: pb.CallIdentity,
+        kind: type[Answer],
+    ) -> Answer:
+        request.call.CopyFrom(identity)
+        return self._connection.call(request, kind)
 
     def _get(self) -> jobs_pb2.JobInfo:
         job = self._caller.read(jobs_pb2.GetJobRequest(job=self.job_id), jobs_pb2.GetJobResponse).job

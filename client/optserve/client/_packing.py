@@ -24,9 +24,7 @@ def raw_bytes(array: Array) -> memoryview:
 def _array_blocks(
     array_id: int, nbytes: int, blocks: Iterable[int], places: list[Place], value: Callable[[Place], Array | None]
 ) -> Iterator[Pieces]:
-    spans = [
-        (place.offset * place.dtype.itemsize, (place.offset + place.size) * place.dtype.itemsize, place) for place in places
-    ]
+    spans = [(*place.span, place) for place in places]
     first = 0
     borrowed: tuple[Place, memoryview] | None = (
         None  # a copy of an array that is not contiguous is made once, and kept no longer

@@ -68,7 +68,8 @@ class Server:
         """Creates a job and uploads its initial values.
 
         name: letters, digits, ".", "_" and "-", optionally "user/" before; None: an unnamed job that ends with this connection.
-        params: arrays by name, or torch's list of groups, of float32, float64, float16 or ml_dtypes.bfloat16; not kept.
+        params: arrays by name, or torch's list of groups, of float32, float64, float16, ml_dtypes.bfloat16, complex64
+                or complex128; not kept.
         optimizer: torch's class name in any case. hyperparameters: its arguments, for every group that has no own.
         exist_ok: attach to a job of that name instead; its spec must match, and its weights count, not these.
         from_checkpoint: a folder that download_checkpoint wrote; everything but the name comes from there.

@@ -13,8 +13,9 @@ from optserve.client._info import CONSISTENCY, ON_MISSING, ON_NONFINITE
 from optserve.v1 import jobs_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import dtypes
-from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, nearest
+from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError
 from optserve.wire.layout import Layout
+from optserve.wire.names import nearest
 from optserve.wire.values import to_hyperparameters
 
 Array = npt.NDArray[np.generic]
@@ -44,14 +45,18 @@ class Group:
         )
 
 
-def _values(params: object) -> dict[str, Array]:
-    pairs = params.items() if isinstance(params, Mapping) else params
-    if isinstance(params, np.ndarray | str) or not isinstance(pairs, Iterable):
+def _iterable(params: object) -> Iterable[object]:
+    """What iterates over names or groups: neither one array nor a text, whose items are something else."""
+    if isinstance(params, str) or hasattr(params, "__array__") or not isinstance(params, Iterable):
         raise InvalidArgumentError(
             f"params must be a mapping of names to arrays, or (name, array) pairs; got {type(params).__name__}"
         )
+    return params
+
+
+def _values(params: object) -> dict[str, Array]:
     values: dict[str, Array] = {}
-    for pair in pairs:
+    for pair in params.items() if isinstance(params, Mapping) else _iterable(params):
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise InvalidArgumentError(f"params must name every array by a string; got {type(pair).__name__} without a name")
         name, value = pair
@@ -85,7 +90,7 @@ def groups(params: Params | ParamGroup | Iterable[ParamGroup]) -> list[Group]:
     elif isinstance(params, Mapping):
         found = [group(params)]
     else:
-        entries = list(params)
+        entries = list(_iterable(params))
         if entries and all(isinstance(entry, tuple) for entry in entries):
             found = [Group(_values(entries), {})]
         else:

@@ -114,16 +114,21 @@ def _add(loading: Loading, name: str, entry: Mapping[str, Any], layout: Layout) 
             loading.steps[name] = float(entry["step"])
         except (TypeError, ValueError):
             raise InvalidStateDictError(f"the step of parameter {name!r} is {entry['step']!r}, which is no number") from None
+    wanted = dtypes.state_dtype(place.dtype)
     for slot, value in slots.items():
         array = _array(value, f"{slot} of parameter {name!r}")
-        if array.shape != place.shape:
-            raise InvalidStateDictError(f"{slot} of parameter {name!r} has shape {array.shape}; it must have {place.shape}")
-        loading.tensors.append((name, slot, array.astype(dtypes.state_dtype(place.dtype), copy=False)))
+        is_complex = array.dtype.kind == "c"
+        if is_complex and not place.is_complex:
+            raise InvalidStateDictError(
+                f"{slot} of parameter {name!r} has dtype {array.dtype}; the parameter has dtype {place.dtype}"
+            )
+        # What must be complex, what has another shape than its parameter, and what is a scalar: the server's to say.
+        loading.tensors.append((name, slot, array.astype(wanted if is_complex else dtypes.storage_dtype(wanted), copy=False)))
 
 
 def _array(value: Any, what: str) -> Array:
     """Anything that NumPy takes, and torch's tensors without importing torch: detached, on the CPU, bfloat16 widened."""
-    for method in ("detach", "cpu"):
+    for method in ("detach", "cpu", "resolve_conj", "resolve_neg"):
         convert = getattr(value, method, None)
         if callable(convert):
             value = convert()
@@ -134,6 +139,6 @@ def _array(value: Any, what: str) -> Array:
         if not callable(widen):
             raise InvalidStateDictError(f"{what} is a {type(value).__name__}; it must be an array") from None
         array = np.asarray(widen())
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise InvalidStateDictError(f"{what} has dtype {array.dtype}; it must be an array of floats")
+    if array.dtype.kind not in "fiuc" and array.dtype.name != "bfloat16":
+        raise InvalidStateDictError(f"{what} has dtype {array.dtype}; it must be an array of floats or complex numbers")
     return array

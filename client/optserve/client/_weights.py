@@ -20,6 +20,7 @@ from optserve.wire.errors import (
     ProtocolViolationError,
     ShapeMismatchError,
 )
+from optserve.wire.layout import Array as FlatArray
 from optserve.wire.layout import Layout, Place
 from optserve.wire.methods import Item
 
@@ -121,28 +122,28 @@ class Destination:
             if all(place.name not in self._arrays for place in places):
                 flat = np.empty(array.length, array.dtype)
                 for place in places:
-                    self._arrays[place.name] = flat[place.offset : place.offset + place.size].reshape(place.shape)
+                    self._arrays[place.name] = place.shaped(flat)
             else:
-                flat = self._flat(places, array.length)
+                flat = self._flat(places, array)
             if flat is not None:
                 return [_Span(0, array.nbytes, flat.view(np.uint8))]
         return [self._span(place) for place in places if self._allocated(place).size]
 
-    def _flat(self, places: list[Place], length: int) -> Array | None:
+    def _flat(self, places: list[Place], array: FlatArray) -> Array | None:
         """The flat array whose views `out` holds for all of these, if that is so."""
         first = self._arrays.get(places[0].name)
         flat = None if first is None else first.base
         if (
             not isinstance(flat, np.ndarray)
-            or flat.shape != (length,)
-            or flat.dtype != places[0].dtype
+            or flat.shape != (array.length,)
+            or flat.dtype != array.dtype
             or not flat.flags.c_contiguous
         ):
             return None
         origin = _address(flat)
         for place in places:
             view = self._arrays.get(place.name)
-            at = origin + place.offset * place.dtype.itemsize
+            at = origin + place.span[0]
             if view is None or view.base is not flat or not view.flags.c_contiguous or (view.size and _address(view) != at):
                 return None
         return flat
@@ -157,8 +158,7 @@ class Destination:
         array = self._arrays[place.name]
         if not array.flags.c_contiguous:
             self._late.append((array, array := np.empty(place.shape, place.dtype)))
-        width = place.dtype.itemsize
-        return _Span(place.offset * width, (place.offset + place.size) * width, array.reshape(-1).view(np.uint8))
+        return _Span(*place.span, array.reshape(-1).view(np.uint8))
 
 
 def _address(array: Array) -> int:

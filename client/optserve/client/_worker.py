@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
-from optserve.client import _gradients, _weights
+from optserve.client import _functions, _gradients, _weights
 from optserve.client._connection import logger
+from optserve.client._edits import Edits
+from optserve.client._functions import Functions, Given, LrLambdas
 from optserve.client._gradients import Gradients, Push
+from optserve.client._groups import ReadOnlyList, advice, read_only
 from optserve.client._info import Schedule, StepInfo
 from optserve.client._transport import Outgoing, Stream
 from optserve.client._weights import Destination, Weights
@@ -21,7 +25,15 @@ from optserve.client._worker_session import SILENCE_SECONDS, WorkerSession
 from optserve.v1 import data_pb2, optimizer_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire.chunks import INLINE_BYTES, to_inline
-from optserve.wire.errors import OptserveError, ProtocolViolationError, UnknownParameterError
+from optserve.wire.errors import (
+    MissingFunctionError,
+    OptserveError,
+    ProtocolViolationError,
+    ReadOnlyError,
+    RolledBackError,
+    UnknownParameterError,
+)
+from optserve.wire.values import to_hyperparameters
 
 Metrics = Mapping[str, float]
 
@@ -33,10 +45,13 @@ class Worker:
     rank, so each calls the same methods in the same order.
     """
 
-    def __init__(self, session: WorkerSession) -> None:
+    def __init__(self, session: WorkerSession, functions: Functions | None = None) -> None:
+        """`functions`: those of the job that it joined from."""
         self._session = session
+        self._functions = functions or Functions()
         self._lock = threading.Lock()
-        """Guards the session, its stream, last_step and which push is pending."""
+        """Guards the session, its stream, the edits, last_step and which push is pending."""
+        self._edits = Edits()
         self._last_step: StepInfo | None = None
         self._pending: Future[Weights] | None = None
         weakref.finalize(self, session.abandon)
@@ -56,6 +71,18 @@ class Worker:
     def last_step(self) -> StepInfo | None:
         """What came of this worker's last push; None before the first one."""
         return self._last_step
+
+    @property
+    def param_groups(self) -> ReadOnlyList:
+        """torch's list of dicts as the last reply told it, without a call; see Job.param_groups.
+
+        Replies to a join, a push, a pull and a step of the schedule tell what changed, whoever changed it.
+        """
+        return read_only(self._session.groups.entries, "worker")
+
+    @param_groups.setter
+    def param_groups(self, _: object) -> NoReturn:
+        raise ReadOnlyError(advice("worker"))
 
     def pull(self, out: Weights | None = None) -> Weights:
         """The weights of one whole version, by name, in the caller's own arrays of the parameters' shapes and dtypes.
@@ -120,26 +147,62 @@ class Worker:
             self._session.check_open()
             return self._send_and_pull(_gradients.skipped(self._session.layout, metrics), out, restores)
 
-    def step_schedule(self, metric: float | None = None) -> Schedule | None:
-        """Steps the learning-rate schedule, counted: the k-th call of any rank is the job's k-th step, applied once.
+    def update_group(self, index: int, /, **hyperparameters: object) -> None:
+        """Edits hyperparameters of one group with this worker's next push: they hold from that push's step on, for the job.
 
-        Returns the schedule as it stands; None if another rank made this step and the schedule was removed since.
-        InvalidArgumentError if there is none, or if it takes no `metric`; RanksDisagreeError if ranks differ in that.
+        For scripts that every rank runs; Job.update_group edits at once. UnknownParameterError for the index and
+        InvalidHyperparameterError for what cannot be sent are raised here, all else by the push, which then applies nothing:
+        UnknownHyperparameterError, InvalidHyperparameterError, and RanksDisagreeError on every rank of a round in which two
+        give different values (one that changes nothing agrees). These drop the edit, as does an error that leaves open
+        whether the push was applied; after NonfiniteGradientError, RoundFailedError and RoundTimeoutError the next push
+        brings it. A round that is skipped brings it too. A step_schedule() before that push does not see the edit.
         """
-
-        def step(_: Stream, identity: pb.CallIdentity) -> optimizer_pb2.StepScheduleResponse:
-            request = optimizer_pb2.StepScheduleRequest(
-                call=identity, count=self._session.schedule_steps + 1, metric=None if metric is None else float(metric)
-            )
-            answer = self._session.connection.once(request, optimizer_pb2.StepScheduleResponse)
-            self._session.settle()
-            self._session.applied(identity.seq, answer.position)
-            return answer
-
+        index, changes = operator.index(index), to_hyperparameters(hyperparameters)
         restores = self._session.restores()
         with self._turn():
-            answer = self._session.call(step, restores)
-            self._session.schedule_steps += 1
+            self._session.check_open()
+            self._session.check_group(index)
+            self._edits.note(index, changes, restores)
+
+    def step_schedule(self, metric: float | None = None, *, lr_lambda: LrLambdas | None = None) -> Schedule | None:
+        """Steps the learning-rate schedule, counted: the k-th call of any rank is the job's k-th step, applied once.
+
+        `metric` and `lr_lambda` as in Job.step_schedule; every rank brings the same. A rank that is behind calls its functions
+        at the epochs of its own k-th step. Returns the schedule as it stands; None if another rank made this step and the
+        schedule was removed since.
+
+        InvalidArgumentError if there is none, or for a metric that it does not take or lacks; MissingFunctionError if it calls
+        functions and none were given here; RanksDisagreeError, with both values, if another rank's step had others.
+        """
+        session, value = self._session, _functions.number(metric)
+
+        def call(given: Given) -> optimizer_pb2.StepScheduleResponse:
+            def step(_: Stream, identity: pb.CallIdentity) -> optimizer_pb2.StepScheduleResponse:
+                request = optimizer_pb2.StepScheduleRequest(
+                    call=identity,
+                    count=session.schedule_steps + 1,
+                    metric=value,
+                    factors=given.factors,
+                    setting=given.setting,
+                    groups_version=session.groups.version(identity.seen),
+                )
+                try:
+                    answer = session.connection.once(request, optimizer_pb2.StepScheduleResponse)
+                except MissingFunctionError:
+                    session.settle()
+                    raise
+                session.settle()
+                session.applied(identity.seq, answer.position)
+                session.groups.told(answer.changed_groups)
+                return answer
+
+            return session.call(step, restores)
+
+        restores = session.restores()
+        with self._turn():
+            answer = self._functions.step(lr_lambda, call, session.schedule)
+            session.schedule_steps += 1
+            self._functions.told(answer.schedule)
         return Schedule.from_proto(answer.schedule)
 
     def leave(self) -> None:
@@ -165,14 +228,21 @@ class Worker:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The lock, once no push_pull_async is under way. What came of that is its future's to tell."""
+        """The lock, once no push_pull_async is under way. What came of that is its future's to tell.
+
+        Whatever call learns of a roll back, the edits that no push has brought are of the state that is gone.
+        """
         while True:
             pending = self._pending
             if pending is not None:
                 pending.exception()  # waits, and without the lock: the push takes it
             with self._lock:
                 if self._pending is pending:
-                    yield
+                    try:
+                        yield
+                    except RolledBackError as error:
+                        self._edits.failed(error)
+                        raise
                     return
 
     def _checked(self, gradients: Gradients, weight: float, metrics: Metrics | None) -> Push:
@@ -200,8 +270,13 @@ class Worker:
             self._session.refresh_layout()
             destination = self._destination(out)
 
-    def _request_weights(self, destination: Destination, stream: Stream, _: pb.CallIdentity) -> None:
-        stream.send([data_pb2.StreamRequest(pull=data_pb2.PullWeights(inline_weights_bytes=INLINE_BYTES))])
+    def _request_weights(self, destination: Destination, stream: Stream, identity: pb.CallIdentity) -> None:
+        pull = data_pb2.PullWeights(
+            inline_weights_bytes=INLINE_BYTES,
+            seen=identity.seen,
+            groups_version=self._session.groups.version(identity.seen),
+        )
+        stream.send([data_pb2.StreamRequest(pull=pull)])
         self._read_weights(stream, destination)
         self._session.settle()
 
@@ -213,9 +288,10 @@ class Worker:
 
     def _take_weights(self, begin: data_pb2.WeightsBegin, stream: Stream, destination: Destination) -> None:
         self._session.session.saw(begin.position)
+        self._session.groups.told(begin.changed_groups)
         _weights.read(begin, lambda: stream.receive(SILENCE_SECONDS), destination)
 
-    def _send_and_pull(self, push: Push, out: Weights | None, restores: Collection[str]) -> Weights:
+    def _send_and_pull(self, push: Push, out: Weights | None, restores: frozenset[str]) -> Weights:
         """The lock is held."""
         destination = self._destination(out)
         self._send(push, destination, restores)
@@ -224,7 +300,7 @@ class Worker:
         self._session.refresh_layout()
         return self._pull(out)
 
-    def _send(self, push: Push, destination: Destination | None, restores: Collection[str]) -> StepInfo:
+    def _send(self, push: Push, destination: Destination | None, restores: frozenset[str]) -> StepInfo:
         """The push, until its result and the weights that may follow are read. The lock is held."""
         step: StepInfo | None = None
 
@@ -235,6 +311,8 @@ class Worker:
                 return step
             result = self._result(push, stream, identity, destination is not None)
             self._session.applied(result.seq, result.position)
+            self._session.groups.told(result.changed_groups)
+            self._edits.applied()
             step = self._last_step = StepInfo.from_proto(result)
             try:
                 if destination is not None and result.HasField("weights"):
@@ -247,11 +325,16 @@ class Worker:
             self._session.settle()
             return step
 
-        return self._session.call(exchange, restores)
+        self._edits.forget(restores)
+        try:
+            return self._session.call(exchange, restores)
+        except BaseException as error:
+            self._edits.failed(error)
+            raise
 
     def _result(self, push: Push, stream: Stream, identity: pb.CallIdentity, want_weights: bool) -> data_pb2.PushResult:
         """Sends the push, as often as the server asks for it, and reads what came of it."""
-        stream.send(_requests(push, identity, want_weights))
+        stream.send(self._requests(push, identity, want_weights))
         while True:
             answer = self._session.answer(stream)
             content = answer.WhichOneof("content")
@@ -260,32 +343,33 @@ class Worker:
             if content == "waiting":
                 _log_waiting(answer.waiting)
             elif content == "resend":
-                stream.send(_requests(push, identity, want_weights))
+                stream.send(self._requests(push, identity, want_weights))
             else:
                 raise ProtocolViolationError(f"a push was answered with {content}")
 
-
-def _requests(push: Push, identity: pb.CallIdentity, want_weights: bool) -> Iterator[Outgoing]:
-    """Begin, chunks, end; made while they are sent."""
-    begin = data_pb2.PushBegin(
-        call=identity,
-        contribution=push.contribution,
-        weight=push.weight,
-        parameter_count=len(push.layout.places),
-        absent=push.absent,
-        content_fingerprint=push.fingerprint,
-        want_weights=want_weights,
-        metrics=push.metrics,
-        inline_weights_bytes=INLINE_BYTES,
-        nonfinite=push.nonfinite,
-    )
-    if push.layout.nbytes <= INLINE_BYTES:
-        begin.inline.CopyFrom(to_inline(pieces.assembled() for pieces in push.chunks()))
+    def _requests(self, push: Push, identity: pb.CallIdentity, want_weights: bool) -> Iterator[Outgoing]:
+        """Begin, chunks, end; made while they are sent."""
+        begin = data_pb2.PushBegin(
+            call=identity,
+            contribution=push.contribution,
+            weight=push.weight,
+            parameter_count=len(push.layout.places),
+            absent=push.absent,
+            content_fingerprint=push.fingerprint,
+            want_weights=want_weights,
+            metrics=push.metrics,
+            inline_weights_bytes=INLINE_BYTES,
+            nonfinite=push.nonfinite,
+            changes=self._edits.to_proto(),
+            groups_version=self._session.groups.version(identity.seen),
+        )
+        if push.layout.nbytes <= INLINE_BYTES:
+            begin.inline.CopyFrom(to_inline(pieces.assembled() for pieces in push.chunks()))
+            yield data_pb2.StreamRequest(push=begin)
+            return
         yield data_pb2.StreamRequest(push=begin)
-        return
-    yield data_pb2.StreamRequest(push=begin)
-    yield from push.chunks()
-    yield data_pb2.StreamRequest(end=pb.StreamEnd())
+        yield from push.chunks()
+        yield data_pb2.StreamRequest(end=pb.StreamEnd())
 
 
 def _log_waiting(waiting: data_pb2.RoundWaiting) -> None:

@@ -7,10 +7,11 @@ from typing import TypeVar
 
 from optserve.client._caller import Caller, lost
 from optserve.client._connection import CALL_SECONDS, logger
+from optserve.client._groups import KnownGroups
 from optserve.client._heartbeat import Heartbeat
 from optserve.client._session import Session
 from optserve.client._transport import Stream, refusal
-from optserve.v1 import data_pb2, jobs_pb2, workers_pb2
+from optserve.v1 import data_pb2, jobs_pb2, optimizer_pb2, workers_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire.chunks import Chunk
 from optserve.wire.errors import (
@@ -24,6 +25,7 @@ from optserve.wire.errors import (
     ServerError,
     ServerStoppingError,
     ServerUnavailableError,
+    UnknownParameterError,
 )
 from optserve.wire.layout import Layout
 
@@ -46,6 +48,7 @@ class WorkerSession:
         self.name = name
         self.rank = rank
         self.layout = Layout()
+        self.groups = KnownGroups()
         self.schedule_steps = 0
         self._restored = restored
         """Lineages that this client itself began: going back to them is no surprise."""
@@ -108,6 +111,7 @@ class WorkerSession:
                 self.session.rolled_back(error)
                 self._job_session.rolled_back(error)  # said once to a client, not once more by its job
                 self._rewind(int(error.metadata.get("schedule_steps", self.schedule_steps)))
+                self.refresh_layout()  # groups that were added since are gone
                 if error.metadata.get("lineage_id") not in known:
                     raise
             except FencedError as error:
@@ -143,9 +147,23 @@ class WorkerSession:
         return item
 
     def refresh_layout(self) -> None:
-        """Asks for the job's layout of now."""
+        """Asks for the job's layout and groups of now."""
         answer = self.connection.call(jobs_pb2.GetJobRequest(job=self.session.job_id), jobs_pb2.GetJobResponse)
         self.layout = Layout.from_proto(answer.job.layout)
+        self.groups.told_all(answer.job.position, answer.job.groups, self.layout)
+
+    def schedule(self) -> optimizer_pb2.Schedule:
+        """Asks for the job's schedule of now."""
+        request = optimizer_pb2.GetScheduleRequest(job_id=self.session.job_id)
+        return self.connection.call(request, optimizer_pb2.GetScheduleResponse).schedule
+
+    def check_group(self, index: int) -> None:
+        """UnknownParameterError if the job has no such group, nor got it lately."""
+        try:
+            self.groups.check(index)
+        except UnknownParameterError:
+            self.refresh_layout()  # somebody may have added it
+            self.groups.check(index)
 
     def check_open(self) -> None:
         if self._closed_because:
@@ -223,6 +241,7 @@ class WorkerSession:
         self._count_from(answer.last_seq, repeat)
         self.session.saw(answer.position)
         self.layout = Layout.from_proto(answer.layout)
+        self.groups.told_all(answer.position, answer.groups, self.layout)
 
     def _count_from(self, last_seq: int, repeat: bool) -> None:
         """A repeated call may have been applied before the stream broke; any other count is the server's to say."""

@@ -40,7 +40,7 @@ class StreamOpened(_message.Message):
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., last_seq: _Optional[int] = ...) -> None: ...
 
 class PushBegin(_message.Message):
-    __slots__ = ("call", "contribution", "weight", "parameter_count", "absent", "content_fingerprint", "want_weights", "metrics", "inline", "inline_weights_bytes", "nonfinite")
+    __slots__ = ("call", "contribution", "weight", "parameter_count", "absent", "content_fingerprint", "want_weights", "metrics", "inline", "inline_weights_bytes", "nonfinite", "changes", "groups_version")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,8 @@ class PushBegin(_message.Message):
     INLINE_FIELD_NUMBER: _ClassVar[int]
     INLINE_WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     NONFINITE_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_VERSION_FIELD_NUMBER: _ClassVar[int]
     call: _types_pb2.CallIdentity
     contribution: Contribution
     weight: float
@@ -70,13 +72,19 @@ class PushBegin(_message.Message):
     inline: _types_pb2.InlineChunks
     inline_weights_bytes: int
     nonfinite: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, str]] = ..., weight: _Optional[float] = ..., parameter_count: _Optional[int] = ..., absent: _Optional[_Iterable[int]] = ..., content_fingerprint: _Optional[int] = ..., want_weights: bool = ..., metrics: _Optional[_Mapping[str, float]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ..., inline_weights_bytes: _Optional[int] = ..., nonfinite: _Optional[_Iterable[int]] = ...) -> None: ...
+    changes: _containers.RepeatedCompositeFieldContainer[_types_pb2.GroupChange]
+    groups_version: int
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, str]] = ..., weight: _Optional[float] = ..., parameter_count: _Optional[int] = ..., absent: _Optional[_Iterable[int]] = ..., content_fingerprint: _Optional[int] = ..., want_weights: bool = ..., metrics: _Optional[_Mapping[str, float]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ..., inline_weights_bytes: _Optional[int] = ..., nonfinite: _Optional[_Iterable[int]] = ..., changes: _Optional[_Iterable[_Union[_types_pb2.GroupChange, _Mapping]]] = ..., groups_version: _Optional[int] = ...) -> None: ...
 
 class PullWeights(_message.Message):
-    __slots__ = ("inline_weights_bytes",)
+    __slots__ = ("inline_weights_bytes", "seen", "groups_version")
     INLINE_WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_VERSION_FIELD_NUMBER: _ClassVar[int]
     inline_weights_bytes: int
-    def __init__(self, inline_weights_bytes: _Optional[int] = ...) -> None: ...
+    seen: _types_pb2.Position
+    groups_version: int
+    def __init__(self, inline_weights_bytes: _Optional[int] = ..., seen: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., groups_version: _Optional[int] = ...) -> None: ...
 
 class StreamRequest(_message.Message):
     __slots__ = ("open", "push", "end", "pull", "chunk")
@@ -93,7 +101,7 @@ class StreamRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[StreamOpen, _Mapping]] = ..., push: _Optional[_Union[PushBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., pull: _Optional[_Union[PullWeights, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class PushResult(_message.Message):
-    __slots__ = ("seq", "position", "learning_rates", "grad_norm", "skipped", "skip_reason", "ranks", "waited_for_rank", "waited_seconds", "weights")
+    __slots__ = ("seq", "position", "learning_rates", "grad_norm", "skipped", "skip_reason", "ranks", "waited_for_rank", "waited_seconds", "weights", "changed_groups")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +112,7 @@ class PushResult(_message.Message):
     WAITED_FOR_RANK_FIELD_NUMBER: _ClassVar[int]
     WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_GROUPS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     position: _types_pb2.Position
     learning_rates: _containers.RepeatedScalarFieldContainer[float]
@@ -114,7 +123,8 @@ class PushResult(_message.Message):
     waited_for_rank: int
     waited_seconds: float
     weights: WeightsBegin
-    def __init__(self, seq: _Optional[int] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., learning_rates: _Optional[_Iterable[float]] = ..., grad_norm: _Optional[float] = ..., skipped: bool = ..., skip_reason: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., waited_for_rank: _Optional[int] = ..., waited_seconds: _Optional[float] = ..., weights: _Optional[_Union[WeightsBegin, _Mapping]] = ...) -> None: ...
+    changed_groups: _types_pb2.ChangedGroups
+    def __init__(self, seq: _Optional[int] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., learning_rates: _Optional[_Iterable[float]] = ..., grad_norm: _Optional[float] = ..., skipped: bool = ..., skip_reason: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., waited_for_rank: _Optional[int] = ..., waited_seconds: _Optional[float] = ..., weights: _Optional[_Union[WeightsBegin, _Mapping]] = ..., changed_groups: _Optional[_Union[_types_pb2.ChangedGroups, _Mapping]] = ...) -> None: ...
 
 class RoundWaiting(_message.Message):
     __slots__ = ("round", "missing", "waited_seconds")
@@ -133,16 +143,18 @@ class RoundResend(_message.Message):
     def __init__(self, round: _Optional[int] = ...) -> None: ...
 
 class WeightsBegin(_message.Message):
-    __slots__ = ("position", "layout_version", "layout", "inline")
+    __slots__ = ("position", "layout_version", "layout", "inline", "changed_groups")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_VERSION_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_GROUPS_FIELD_NUMBER: _ClassVar[int]
     position: _types_pb2.Position
     layout_version: int
     layout: _types_pb2.Layout
     inline: _types_pb2.InlineChunks
-    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout_version: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ...) -> None: ...
+    changed_groups: _types_pb2.ChangedGroups
+    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout_version: _Optional[int] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., inline: _Optional[_Union[_types_pb2.InlineChunks, _Mapping]] = ..., changed_groups: _Optional[_Union[_types_pb2.ChangedGroups, _Mapping]] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ("error",)

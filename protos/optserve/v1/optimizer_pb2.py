@@ -26,7 +26,7 @@ from optserve.v1 import jobs_pb2 as optserve_dot_v1_dot_jobs__pb2
 from optserve.v1 import types_pb2 as optserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptserve/v1/optimizer.proto\x12\x0boptserve.v1\x1a\x16optserve/v1/jobs.proto\x1a\x17optserve/v1/types.proto\"#\n\x11ListGroupsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"a\n\x12ListGroupsResponse\x12\"\n\x06groups\x18\x01 \x03(\x0b\x32\x12.optserve.v1.Group\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\"\x9b\x01\n\x0f\x41\x64\x64GroupRequest\x12+\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1a.optserve.v1.AddGroupBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\xa0\x01\n\rAddGroupBegin\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12%\n\x05group\x18\x02 \x01(\x0b\x32\x16.optserve.v1.GroupSpec\x12)\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x18.optserve.v1.BundleEntry\x12\x14\n\x0c\x62undle_bytes\x18\x04 \x01(\x04\"`\n\x10\x41\x64\x64GroupResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12#\n\x06layout\x18\x02 \x01(\x0b\x32\x13.optserve.v1.Layout\"\x82\x01\n\x12UpdateGroupRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\r\n\x05group\x18\x02 \x01(\r\x12\x34\n\x0fhyperparameters\x18\x03 \x03(\x0b\x32\x1b.optserve.v1.Hyperparameter\">\n\x13UpdateGroupResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"t\n\x08Schedule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\targuments\x18\x02 \x03(\x0b\x32\x1b.optserve.v1.Hyperparameter\x12\x12\n\nlast_epoch\x18\x03 \x01(\x03\x12\x16\n\x0elearning_rates\x18\x04 \x03(\x01\"{\n\x12SetScheduleRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\x0c\n\x04name\x18\x02 \x01(\t\x12.\n\targuments\x18\x03 \x03(\x0b\x32\x1b.optserve.v1.Hyperparameter\"g\n\x13SetScheduleResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\'\n\x08schedule\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Schedule\"m\n\x13StepScheduleRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x13\n\x06metric\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_metric\"h\n\x14StepScheduleResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\'\n\x08schedule\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Schedule\"$\n\x12GetScheduleRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"g\n\x13GetScheduleResponse\x12\'\n\x08schedule\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Schedule\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position2\xf7\x03\n\x10OptimizerService\x12M\n\nListGroups\x12\x1e.optserve.v1.ListGroupsRequest\x1a\x1f.optserve.v1.ListGroupsResponse\x12I\n\x08\x41\x64\x64Group\x12\x1c.optserve.v1.AddGroupRequest\x1a\x1d.optserve.v1.AddGroupResponse(\x01\x12P\n\x0bUpdateGroup\x12\x1f.optserve.v1.UpdateGroupRequest\x1a .optserve.v1.UpdateGroupResponse\x12P\n\x0bSetSchedule\x12\x1f.optserve.v1.SetScheduleRequest\x1a .optserve.v1.SetScheduleResponse\x12S\n\x0cStepSchedule\x12 .optserve.v1.StepScheduleRequest\x1a!.optserve.v1.StepScheduleResponse\x12P\n\x0bGetSchedule\x12\x1f.optserve.v1.GetScheduleRequest\x1a .optserve.v1.GetScheduleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptserve/v1/optimizer.proto\x12\x0boptserve.v1\x1a\x16optserve/v1/jobs.proto\x1a\x17optserve/v1/types.proto\"#\n\x11ListGroupsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"a\n\x12ListGroupsResponse\x12\"\n\x06groups\x18\x01 \x03(\x0b\x32\x12.optserve.v1.Group\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\"\x9b\x01\n\x0f\x41\x64\x64GroupRequest\x12+\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1a.optserve.v1.AddGroupBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\xa0\x01\n\rAddGroupBegin\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12%\n\x05group\x18\x02 \x01(\x0b\x32\x16.optserve.v1.GroupSpec\x12)\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x18.optserve.v1.BundleEntry\x12\x14\n\x0c\x62undle_bytes\x18\x04 \x01(\x04\"`\n\x10\x41\x64\x64GroupResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12#\n\x06layout\x18\x02 \x01(\x0b\x32\x13.optserve.v1.Layout\"\x82\x01\n\x12UpdateGroupRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\r\n\x05group\x18\x02 \x01(\r\x12\x34\n\x0fhyperparameters\x18\x03 \x03(\x0b\x32\x1b.optserve.v1.Hyperparameter\">\n\x13UpdateGroupResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"\xa5\x01\n\x08Schedule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\targuments\x18\x02 \x03(\x0b\x32\x1b.optserve.v1.Hyperparameter\x12\x12\n\nlast_epoch\x18\x03 \x01(\x03\x12\x16\n\x0elearning_rates\x18\x04 \x03(\x01\x12\x0f\n\x07\x61waited\x18\x05 \x03(\x12\x12\x0f\n\x07setting\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\"8\n\x07\x46\x61\x63tors\x12\r\n\x05\x65poch\x18\x01 \x01(\x12\x12\x0e\n\x06values\x18\x02 \x03(\x01\x12\x0e\n\x06shared\x18\x03 \x01(\x08\"\xa2\x01\n\x12SetScheduleRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\x0c\n\x04name\x18\x02 \x01(\t\x12.\n\targuments\x18\x03 \x03(\x0b\x32\x1b.optserve.v1.Hyperparameter\x12%\n\x07\x66\x61\x63tors\x18\x04 \x03(\x0b\x32\x14.optserve.v1.Factors\"g\n\x13SetScheduleResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\'\n\x08schedule\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Schedule\"\xd5\x01\n\x13StepScheduleRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x13\n\x06metric\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0egroups_version\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12%\n\x07\x66\x61\x63tors\x18\x05 \x03(\x0b\x32\x14.optserve.v1.Factors\x12\x0f\n\x07setting\x18\x06 \x01(\tB\t\n\x07_metricB\x11\n\x0f_groups_version\"\x9c\x01\n\x14StepScheduleResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\'\n\x08schedule\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Schedule\x12\x32\n\x0e\x63hanged_groups\x18\x03 \x01(\x0b\x32\x1a.optserve.v1.ChangedGroups\"R\n\x18LoadScheduleStateRequest\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\r\n\x05state\x18\x02 \x01(\t\"m\n\x19LoadScheduleStateResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\'\n\x08schedule\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Schedule\"$\n\x12GetScheduleRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"g\n\x13GetScheduleResponse\x12\'\n\x08schedule\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Schedule\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position2\xdb\x04\n\x10OptimizerService\x12M\n\nListGroups\x12\x1e.optserve.v1.ListGroupsRequest\x1a\x1f.optserve.v1.ListGroupsResponse\x12I\n\x08\x41\x64\x64Group\x12\x1c.optserve.v1.AddGroupRequest\x1a\x1d.optserve.v1.AddGroupResponse(\x01\x12P\n\x0bUpdateGroup\x12\x1f.optserve.v1.UpdateGroupRequest\x1a .optserve.v1.UpdateGroupResponse\x12P\n\x0bSetSchedule\x12\x1f.optserve.v1.SetScheduleRequest\x1a .optserve.v1.SetScheduleResponse\x12S\n\x0cStepSchedule\x12 .optserve.v1.StepScheduleRequest\x1a!.optserve.v1.StepScheduleResponse\x12\x62\n\x11LoadScheduleState\x12%.optserve.v1.LoadScheduleStateRequest\x1a&.optserve.v1.LoadScheduleStateResponse\x12P\n\x0bGetSchedule\x12\x1f.optserve.v1.GetScheduleRequest\x1a .optserve.v1.GetScheduleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,20 +47,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEGROUPREQUEST']._serialized_end=779
   _globals['_UPDATEGROUPRESPONSE']._serialized_start=781
   _globals['_UPDATEGROUPRESPONSE']._serialized_end=843
-  _globals['_SCHEDULE']._serialized_start=845
-  _globals['_SCHEDULE']._serialized_end=961
-  _globals['_SETSCHEDULEREQUEST']._serialized_start=963
-  _globals['_SETSCHEDULEREQUEST']._serialized_end=1086
-  _globals['_SETSCHEDULERESPONSE']._serialized_start=1088
-  _globals['_SETSCHEDULERESPONSE']._serialized_end=1191
-  _globals['_STEPSCHEDULEREQUEST']._serialized_start=1193
-  _globals['_STEPSCHEDULEREQUEST']._serialized_end=1302
-  _globals['_STEPSCHEDULERESPONSE']._serialized_start=1304
-  _globals['_STEPSCHEDULERESPONSE']._serialized_end=1408
-  _globals['_GETSCHEDULEREQUEST']._serialized_start=1410
-  _globals['_GETSCHEDULEREQUEST']._serialized_end=1446
-  _globals['_GETSCHEDULERESPONSE']._serialized_start=1448
-  _globals['_GETSCHEDULERESPONSE']._serialized_end=1551
-  _globals['_OPTIMIZERSERVICE']._serialized_start=1554
-  _globals['_OPTIMIZERSERVICE']._serialized_end=2057
+  _globals['_SCHEDULE']._serialized_start=846
+  _globals['_SCHEDULE']._serialized_end=1011
+  _globals['_FACTORS']._serialized_start=1013
+  _globals['_FACTORS']._serialized_end=1069
+  _globals['_SETSCHEDULEREQUEST']._serialized_start=1072
+  _globals['_SETSCHEDULEREQUEST']._serialized_end=1234
+  _globals['_SETSCHEDULERESPONSE']._serialized_start=1236
+  _globals['_SETSCHEDULERESPONSE']._serialized_end=1339
+  _globals['_STEPSCHEDULEREQUEST']._serialized_start=1342
+  _globals['_STEPSCHEDULEREQUEST']._serialized_end=1555
+  _globals['_STEPSCHEDULERESPONSE']._serialized_start=1558
+  _globals['_STEPSCHEDULERESPONSE']._serialized_end=1714
+  _globals['_LOADSCHEDULESTATEREQUEST']._serialized_start=1716
+  _globals['_LOADSCHEDULESTATEREQUEST']._serialized_end=1798
+  _globals['_LOADSCHEDULESTATERESPONSE']._serialized_start=1800
+  _globals['_LOADSCHEDULESTATERESPONSE']._serialized_end=1909
+  _globals['_GETSCHEDULEREQUEST']._serialized_start=1911
+  _globals['_GETSCHEDULEREQUEST']._serialized_end=1947
+  _globals['_GETSCHEDULERESPONSE']._serialized_start=1949
+  _globals['_GETSCHEDULERESPONSE']._serialized_end=2052
+  _globals['_OPTIMIZERSERVICE']._serialized_start=2055
+  _globals['_OPTIMIZERSERVICE']._serialized_end=2658
 # @@protoc_insertion_point(module_scope)

@@ -69,26 +69,44 @@ class UpdateGroupResponse(_message.Message):
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ...) -> None: ...
 
 class Schedule(_message.Message):
-    __slots__ = ("name", "arguments", "last_epoch", "learning_rates")
+    __slots__ = ("name", "arguments", "last_epoch", "learning_rates", "awaited", "setting", "state")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     LAST_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_FIELD_NUMBER: _ClassVar[int]
+    SETTING_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     arguments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Hyperparameter]
     last_epoch: int
     learning_rates: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, name: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ..., last_epoch: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ...) -> None: ...
+    awaited: _containers.RepeatedScalarFieldContainer[int]
+    setting: str
+    state: str
+    def __init__(self, name: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ..., last_epoch: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., awaited: _Optional[_Iterable[int]] = ..., setting: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
+
+class Factors(_message.Message):
+    __slots__ = ("epoch", "values", "shared")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    values: _containers.RepeatedScalarFieldContainer[float]
+    shared: bool
+    def __init__(self, epoch: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ..., shared: bool = ...) -> None: ...
 
 class SetScheduleRequest(_message.Message):
-    __slots__ = ("call", "name", "arguments")
+    __slots__ = ("call", "name", "arguments", "factors")
     CALL_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
     call: _types_pb2.CallIdentity
     name: str
     arguments: _containers.RepeatedCompositeFieldContainer[_types_pb2.Hyperparameter]
-    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., name: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ...) -> None: ...
+    factors: _containers.RepeatedCompositeFieldContainer[Factors]
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., name: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ..., factors: _Optional[_Iterable[_Union[Factors, _Mapping]]] = ...) -> None: ...
 
 class SetScheduleResponse(_message.Message):
     __slots__ = ("position", "schedule")
@@ -99,16 +117,40 @@ class SetScheduleResponse(_message.Message):
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
 
 class StepScheduleRequest(_message.Message):
-    __slots__ = ("call", "count", "metric")
+    __slots__ = ("call", "count", "metric", "groups_version", "factors", "setting")
     CALL_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
+    SETTING_FIELD_NUMBER: _ClassVar[int]
     call: _types_pb2.CallIdentity
     count: int
     metric: float
-    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., count: _Optional[int] = ..., metric: _Optional[float] = ...) -> None: ...
+    groups_version: int
+    factors: _containers.RepeatedCompositeFieldContainer[Factors]
+    setting: str
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., count: _Optional[int] = ..., metric: _Optional[float] = ..., groups_version: _Optional[int] = ..., factors: _Optional[_Iterable[_Union[Factors, _Mapping]]] = ..., setting: _Optional[str] = ...) -> None: ...
 
 class StepScheduleResponse(_message.Message):
+    __slots__ = ("position", "schedule", "changed_groups")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    position: _types_pb2.Position
+    schedule: Schedule
+    changed_groups: _types_pb2.ChangedGroups
+    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ..., changed_groups: _Optional[_Union[_types_pb2.ChangedGroups, _Mapping]] = ...) -> None: ...
+
+class LoadScheduleStateRequest(_message.Message):
+    __slots__ = ("call", "state")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    call: _types_pb2.CallIdentity
+    state: str
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., state: _Optional[str] = ...) -> None: ...
+
+class LoadScheduleStateResponse(_message.Message):
     __slots__ = ("position", "schedule")
     POSITION_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]

@@ -60,6 +60,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optserve_dot_v1_dot_optimizer__pb2.StepScheduleRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__pb2.StepScheduleResponse.FromString,
                 _registered_method=True)
+        self.LoadScheduleState = channel.unary_unary(
+                '/optserve.v1.OptimizerService/LoadScheduleState',
+                request_serializer=optserve_dot_v1_dot_optimizer__pb2.LoadScheduleStateRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__pb2.LoadScheduleStateResponse.FromString,
+                _registered_method=True)
         self.GetSchedule = channel.unary_unary(
                 '/optserve.v1.OptimizerService/GetSchedule',
                 request_serializer=optserve_dot_v1_dot_optimizer__pb2.GetScheduleRequest.SerializeToString,
@@ -106,6 +111,13 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadScheduleState(self, request, context):
+        """Puts the schedule where a state_dict of torch's stands; the groups stay. Safe to retry with the same identity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetSchedule(self, request, context):
         """The schedule and where it stands. Changes nothing; safe to retry.
         """
@@ -140,6 +152,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.StepSchedule,
                     request_deserializer=optserve_dot_v1_dot_optimizer__pb2.StepScheduleRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__pb2.StepScheduleResponse.SerializeToString,
+            ),
+            'LoadScheduleState': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadScheduleState,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__pb2.LoadScheduleStateRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__pb2.LoadScheduleStateResponse.SerializeToString,
             ),
             'GetSchedule': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSchedule,
@@ -283,6 +300,33 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/StepSchedule',
             optserve_dot_v1_dot_optimizer__pb2.StepScheduleRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__pb2.StepScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadScheduleState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/LoadScheduleState',
+            optserve_dot_v1_dot_optimizer__pb2.LoadScheduleStateRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__pb2.LoadScheduleStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

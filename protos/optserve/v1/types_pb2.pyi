@@ -56,6 +56,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_MISSING_EXTRA: _ClassVar[ErrorReason]
     ERROR_REASON_ADDRESS_IN_USE: _ClassVar[ErrorReason]
     ERROR_REASON_INSECURE_ADDRESS: _ClassVar[ErrorReason]
+    ERROR_REASON_MISSING_FUNCTION: _ClassVar[ErrorReason]
+    ERROR_REASON_UNSUPPORTED_PARAMETER: _ClassVar[ErrorReason]
 
 class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -64,6 +66,8 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT64: _ClassVar[DataType]
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
     DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+    DATA_TYPE_COMPLEX64: _ClassVar[DataType]
+    DATA_TYPE_COMPLEX128: _ClassVar[DataType]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INVALID_ARGUMENT: ErrorReason
 ERROR_REASON_INVALID_NAME: ErrorReason
@@ -111,11 +115,15 @@ ERROR_REASON_READ_ONLY: ErrorReason
 ERROR_REASON_MISSING_EXTRA: ErrorReason
 ERROR_REASON_ADDRESS_IN_USE: ErrorReason
 ERROR_REASON_INSECURE_ADDRESS: ErrorReason
+ERROR_REASON_MISSING_FUNCTION: ErrorReason
+ERROR_REASON_UNSUPPORTED_PARAMETER: ErrorReason
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
 DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_BFLOAT16: DataType
+DATA_TYPE_COMPLEX64: DataType
+DATA_TYPE_COMPLEX128: DataType
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "metadata")
@@ -161,24 +169,42 @@ class CallIdentity(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., session_id: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., seen: _Optional[_Union[Position, _Mapping]] = ...) -> None: ...
 
 class NumberList(_message.Message):
-    __slots__ = ("values",)
+    __slots__ = ("values", "none")
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    NONE_FIELD_NUMBER: _ClassVar[int]
     values: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+    none: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, values: _Optional[_Iterable[float]] = ..., none: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Value(_message.Message):
-    __slots__ = ("number", "integer", "flag", "text", "numbers")
+    __slots__ = ("number", "integer", "flag", "text", "numbers", "schedules")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     INTEGER_FIELD_NUMBER: _ClassVar[int]
     FLAG_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULES_FIELD_NUMBER: _ClassVar[int]
     number: float
     integer: int
     flag: bool
     text: str
     numbers: NumberList
-    def __init__(self, number: _Optional[float] = ..., integer: _Optional[int] = ..., flag: bool = ..., text: _Optional[str] = ..., numbers: _Optional[_Union[NumberList, _Mapping]] = ...) -> None: ...
+    schedules: ScheduleList
+    def __init__(self, number: _Optional[float] = ..., integer: _Optional[int] = ..., flag: bool = ..., text: _Optional[str] = ..., numbers: _Optional[_Union[NumberList, _Mapping]] = ..., schedules: _Optional[_Union[ScheduleList, _Mapping]] = ...) -> None: ...
+
+class ScheduleList(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[ScheduleEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[ScheduleEntry, _Mapping]]] = ...) -> None: ...
+
+class ScheduleEntry(_message.Message):
+    __slots__ = ("name", "arguments")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    arguments: _containers.RepeatedCompositeFieldContainer[Hyperparameter]
+    def __init__(self, name: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Hyperparameter, _Mapping]]] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "dtype", "array_id", "offset")
@@ -245,6 +271,29 @@ class Hyperparameter(_message.Message):
     name: str
     value: Value
     def __init__(self, name: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+
+class GroupChange(_message.Message):
+    __slots__ = ("group", "hyperparameters")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    hyperparameters: _containers.RepeatedCompositeFieldContainer[Hyperparameter]
+    def __init__(self, group: _Optional[int] = ..., hyperparameters: _Optional[_Iterable[_Union[Hyperparameter, _Mapping]]] = ...) -> None: ...
+
+class ChangedGroups(_message.Message):
+    __slots__ = ("position", "groups")
+    class GroupsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: Group
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[Group, _Mapping]] = ...) -> None: ...
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    position: Position
+    groups: _containers.MessageMap[int, Group]
+    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., groups: _Optional[_Mapping[int, Group]] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
     __slots__ = ("array_id", "offset", "padding", "data")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from optserve.v1 import types_pb2 as optserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/workers.proto\x12\x0boptserve.v1\x1a\x17optserve/v1/types.proto\"\x80\x01\n\x0bJoinRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\x04rank\x18\x04 \x01(\rH\x00\x88\x01\x01\x12#\n\x04seen\x18\x05 \x01(\x0b\x32\x15.optserve.v1.PositionB\x07\n\x05_rank\"\xf1\x01\n\x0cJoinResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\'\n\x08position\x18\x05 \x01(\x0b\x32\x15.optserve.v1.Position\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.optserve.v1.Layout\x12\x15\n\rlease_seconds\x18\x07 \x01(\x01\x12\x16\n\x0eschedule_steps\x18\x08 \x01(\x04\x12\x10\n\x08last_seq\x18\t \x01(\x04\x12\x16\n\x0elearning_rates\x18\n \x03(\x01\"E\n\x10HeartbeatRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"<\n\x11HeartbeatResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"A\n\x0cLeaveRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"8\n\rLeaveResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position2\xd8\x01\n\rWorkerService\x12;\n\x04Join\x12\x18.optserve.v1.JoinRequest\x1a\x19.optserve.v1.JoinResponse\x12J\n\tHeartbeat\x12\x1d.optserve.v1.HeartbeatRequest\x1a\x1e.optserve.v1.HeartbeatResponse\x12>\n\x05Leave\x12\x19.optserve.v1.LeaveRequest\x1a\x1a.optserve.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/workers.proto\x12\x0boptserve.v1\x1a\x17optserve/v1/types.proto\"\x80\x01\n\x0bJoinRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\x04rank\x18\x04 \x01(\rH\x00\x88\x01\x01\x12#\n\x04seen\x18\x05 \x01(\x0b\x32\x15.optserve.v1.PositionB\x07\n\x05_rank\"\x95\x02\n\x0cJoinResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\'\n\x08position\x18\x05 \x01(\x0b\x32\x15.optserve.v1.Position\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.optserve.v1.Layout\x12\x15\n\rlease_seconds\x18\x07 \x01(\x01\x12\x16\n\x0eschedule_steps\x18\x08 \x01(\x04\x12\x10\n\x08last_seq\x18\t \x01(\x04\x12\x16\n\x0elearning_rates\x18\n \x03(\x01\x12\"\n\x06groups\x18\x0b \x03(\x0b\x32\x12.optserve.v1.Group\"E\n\x10HeartbeatRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"<\n\x11HeartbeatResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\"A\n\x0cLeaveRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"8\n\rLeaveResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position2\xd8\x01\n\rWorkerService\x12;\n\x04Join\x12\x18.optserve.v1.JoinRequest\x1a\x19.optserve.v1.JoinResponse\x12J\n\tHeartbeat\x12\x1d.optserve.v1.HeartbeatRequest\x1a\x1e.optserve.v1.HeartbeatResponse\x12>\n\x05Leave\x12\x19.optserve.v1.LeaveRequest\x1a\x1a.optserve.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINREQUEST']._serialized_start=68
   _globals['_JOINREQUEST']._serialized_end=196
   _globals['_JOINRESPONSE']._serialized_start=199
-  _globals['_JOINRESPONSE']._serialized_end=440
-  _globals['_HEARTBEATREQUEST']._serialized_start=442
-  _globals['_HEARTBEATREQUEST']._serialized_end=511
-  _globals['_HEARTBEATRESPONSE']._serialized_start=513
-  _globals['_HEARTBEATRESPONSE']._serialized_end=573
-  _globals['_LEAVEREQUEST']._serialized_start=575
-  _globals['_LEAVEREQUEST']._serialized_end=640
-  _globals['_LEAVERESPONSE']._serialized_start=642
-  _globals['_LEAVERESPONSE']._serialized_end=698
-  _globals['_WORKERSERVICE']._serialized_start=701
-  _globals['_WORKERSERVICE']._serialized_end=917
+  _globals['_JOINRESPONSE']._serialized_end=476
+  _globals['_HEARTBEATREQUEST']._serialized_start=478
+  _globals['_HEARTBEATREQUEST']._serialized_end=547
+  _globals['_HEARTBEATRESPONSE']._serialized_start=549
+  _globals['_HEARTBEATRESPONSE']._serialized_end=609
+  _globals['_LEAVEREQUEST']._serialized_start=611
+  _globals['_LEAVEREQUEST']._serialized_end=676
+  _globals['_LEAVERESPONSE']._serialized_start=678
+  _globals['_LEAVERESPONSE']._serialized_end=734
+  _globals['_WORKERSERVICE']._serialized_start=737
+  _globals['_WORKERSERVICE']._serialized_end=953
 # @@protoc_insertion_point(module_scope)

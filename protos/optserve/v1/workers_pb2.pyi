@@ -22,7 +22,7 @@ class JoinRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., session_id: _Optional[str] = ..., name: _Optional[str] = ..., rank: _Optional[int] = ..., seen: _Optional[_Union[_types_pb2.Position, _Mapping]] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("name", "rank", "epoch", "workers", "position", "layout", "lease_seconds", "schedule_steps", "last_seq", "learning_rates")
+    __slots__ = ("name", "rank", "epoch", "workers", "position", "layout", "lease_seconds", "schedule_steps", "last_seq", "learning_rates", "groups")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class JoinResponse(_message.Message):
     SCHEDULE_STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQ_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     rank: int
     epoch: int
@@ -43,7 +44,8 @@ class JoinResponse(_message.Message):
     schedule_steps: int
     last_seq: int
     learning_rates: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., epoch: _Optional[int] = ..., workers: _Optional[int] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., lease_seconds: _Optional[float] = ..., schedule_steps: _Optional[int] = ..., last_seq: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.Group]
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., epoch: _Optional[int] = ..., workers: _Optional[int] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., lease_seconds: _Optional[float] = ..., schedule_steps: _Optional[int] = ..., last_seq: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.Group, _Mapping]]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("job_id", "session_id", "epoch")

@@ -1,6 +1,7 @@
 """The element types of parameters on the wire and in NumPy.
 
-bfloat16 is `ml_dtypes.bfloat16` in NumPy. The 16-bit types have float32 masters and float32 optimizer state.
+bfloat16 is `ml_dtypes.bfloat16` in NumPy. The 16-bit types have float32 masters and float32 optimizer state. Flat arrays hold
+reals only: a complex parameter lies there as pairs of reals, as torch computes with it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,16 @@ DTYPES: dict[pb.DataType, np.dtype[np.generic]] = {
     pb.DATA_TYPE_FLOAT64: np.dtype(np.float64),
     pb.DATA_TYPE_FLOAT16: np.dtype(np.float16),
     pb.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    pb.DATA_TYPE_COMPLEX64: np.dtype(np.complex64),
+    pb.DATA_TYPE_COMPLEX128: np.dtype(np.complex128),
 }
 """Wire to NumPy."""
+
+_PARTS: dict[np.dtype[np.generic], np.dtype[np.generic]] = {
+    np.dtype(np.complex64): np.dtype(np.float32),
+    np.dtype(np.complex128): np.dtype(np.float64),
+}
+"""The real dtype of a complex one."""
 
 _MAX_DIMENSIONS, _MAX_BYTES = 64, 1 << 62
 
@@ -55,6 +64,18 @@ def checked_bytes(what: str, shape: Sequence[int], dtype: np.dtype[np.generic]) 
     return math.prod(shape) * dtype.itemsize
 
 
+def storage_dtype(dtype: npt.DTypeLike) -> np.dtype[np.generic]:
+    """The dtype of the flat array that holds a parameter: its own, or that of a complex one's parts."""
+    found = np.dtype(dtype)
+    return _PARTS.get(found, found)
+
+
+def is_complex(dtype: npt.DTypeLike) -> bool:
+    """Whether a parameter of that dtype lies as pairs of reals."""
+    return np.dtype(dtype) in _PARTS
+
+
 def state_dtype(dtype: npt.DTypeLike) -> np.dtype[np.generic]:
-    """The dtype of masters, accumulators and optimizer state of a parameter: float64 for float64, else float32."""
-    return np.dtype(np.float64) if np.dtype(dtype) == np.float64 else np.dtype(np.float32)
+    """The dtype of masters, accumulators and optimizer state of a parameter or flat array: its own, but float32 for 16 bits."""
+    found = np.dtype(dtype)
+    return np.dtype(np.float32) if found.itemsize == 2 else found

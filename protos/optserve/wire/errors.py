@@ -8,7 +8,8 @@ OptserveError
 │   ├── UnknownParameterError           ├── DuplicateParameterError
 │   ├── ShapeMismatchError              ├── DtypeMismatchError
 │   ├── NonfiniteGradientError          ├── InvalidStateDictError
-│   └── InsecureAddressError
+│   ├── InsecureAddressError            ├── MissingFunctionError
+│   └── UnsupportedParameterError (RuntimeError)
 ├── StreamError (RuntimeError)          chunks that do not fit together
 │   ├── InvalidChunkError               ├── IncompleteStreamError
 │   └── ProtocolViolationError
@@ -140,6 +141,18 @@ class InsecureAddressError(InputError):
     reason = pb.ERROR_REASON_INSECURE_ADDRESS
 
 
+class MissingFunctionError(InputError):
+    """The schedule calls a function of the client's, whose numbers did not come; `metadata["awaited"]` holds the epochs."""
+
+    reason = pb.ERROR_REASON_MISSING_FUNCTION
+
+
+class UnsupportedParameterError(InputError, RuntimeError):
+    """The optimizer takes no parameter of this shape or dtype; the message is torch's, which raises either builtin."""
+
+    reason = pb.ERROR_REASON_UNSUPPORTED_PARAMETER
+
+
 class StreamError(OptserveError, RuntimeError):
     """Chunks that do not fit together; nothing was changed."""
 
@@ -201,7 +214,6 @@ class JobLostError(JobError):
     """The server no longer knows the job that this client worked with: its state was in memory only."""
 
     reason = pb.ERROR_REASON_JOB_LOST
-    status = "DATA_LOSS"
 
 
 class RolledBackError(JobError):
@@ -253,7 +265,7 @@ class SequenceConflictError(WorkerError):
 
 
 class RanksDisagreeError(WorkerError):
-    """Two ranks made the same counted call with different arguments."""
+    """Two ranks made the same counted call with different arguments, or brought different hyperparameters to one round."""
 
     reason = pb.ERROR_REASON_RANKS_DISAGREE
 
@@ -380,20 +392,9 @@ class ReadOnlyError(OptserveError, TypeError):
     """The mapping is edited by a call, not by assignment; the message names the call."""
 
     reason = pb.ERROR_REASON_READ_ONLY
-    status = "FAILED_PRECONDITION"
 
 
 class MissingExtraError(OptserveError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
 
     reason = pb.ERROR_REASON_MISSING_EXTRA
-    status = "FAILED_PRECONDITION"
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The end of a message about an unknown name: "; did you mean 'adam'? known: ..."."""
-    import difflib
-
-    matches = difflib.get_close_matches(name.lower(), [entry.lower() for entry in known], n=1)
-    hint = f"; did you mean {next(entry for entry in known if entry.lower() == matches[0])!r}?" if matches else ";"
-    return f"{hint} known: {', '.join(known)}"

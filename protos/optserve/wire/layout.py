@@ -1,6 +1,7 @@
-"""Where each parameter lies: one flat array for each (group, dtype), parameters at multiples of 32 elements, zeros between.
+"""Where each parameter lies: one flat array for each (group, real dtype), each at a multiple of 32 elements, zeros between.
 
-Groups are only ever added, so a layout stays a valid part of every later one.
+A complex parameter lies in the array of its real dtype, as pairs of reals. Groups are only ever added, so a layout stays a
+valid part of every later one.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, 
 ALIGNMENT = 32
 """Elements: 64 bytes in the 16-bit types."""
 
+FlatArray = npt.NDArray[np.generic]
 
 _NONE = np.array([], np.intp)
 
 
 @dataclass(frozen=True)
 class Place:
-    """One parameter. `index` is torch's integer id; `offset` and `size` are in elements of its array."""
+    """One parameter. `index` is torch's integer id; `offset` and `size` count elements of its array, 2 for a complex one."""
 
     index: int
     name: str
@@ -38,12 +40,27 @@ class Place:
 
     @cached_property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * (2 if self.is_complex else 1)
+
+    @cached_property
+    def is_complex(self) -> bool:
+        return dtypes.is_complex(self.dtype)
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """(begin, end) in the bytes of its array."""
+        width = dtypes.storage_dtype(self.dtype).itemsize
+        return self.offset * width, (self.offset + self.size) * width
+
+    def shaped(self, flat: FlatArray) -> FlatArray:
+        """The parameter in its shape, complex if it is, as a view of its flat array, or of one in the state dtype."""
+        own = flat[self.offset : self.offset + self.size]
+        return (own.view(self.dtype) if self.is_complex else own).reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Array:
-    """One flat array. `length` is in elements, padding included."""
+    """One flat array. `dtype` is real; `length` is in elements, padding included."""
 
     array_id: int
     group: int
@@ -72,6 +89,14 @@ class Layout:
     def by_name(self) -> dict[str, Place]:
         return {place.name: place for place in self.places}
 
+    @cached_property
+    def names_by_group(self) -> dict[int, list[str]]:
+        """The parameters of each group in order."""
+        found: dict[int, list[str]] = {array.group: [] for array in self.arrays}
+        for place in self.places:
+            found[self.arrays[place.array_id].group].append(place.name)
+        return found
+
     def place(self, name: str, what: str = "parameter") -> Place:
         """The place of a name. UnknownParameterError says `what` was named so."""
         try:
@@ -96,22 +121,18 @@ class Layout:
             if name in taken:
                 raise DuplicateParameterError(f"parameter {name!r} appears more than once", parameter=name)
             taken.add(name)
-            array_id = ids.setdefault(dtype, len(self.arrays) + len(ids))
-            offset = lengths.get(dtype, 0)
-            lengths[dtype] = offset + -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
-            places.append(Place(len(places), name, shape, dtype, array_id, offset))
+            storage = dtypes.storage_dtype(dtype)
+            array_id = ids.setdefault(storage, len(self.arrays) + len(ids))
+            place = Place(len(places), name, shape, dtype, array_id, lengths.get(storage, 0))
+            lengths[storage] = place.offset + -(-place.size // ALIGNMENT) * ALIGNMENT
+            places.append(place)
         arrays = (*self.arrays, *(Array(ids[dtype], group, dtype, lengths[dtype]) for dtype in ids))
         return Layout(self.version + 1, tuple(places), arrays)
 
-    def views(
-        self, arrays: Mapping[int, npt.NDArray[np.generic]], names: Iterable[str] | None = None
-    ) -> dict[str, npt.NDArray[np.generic]]:
-        """Each parameter as a view of its flat array, in its shape."""
+    def views(self, arrays: Mapping[int, FlatArray], names: Iterable[str] | None = None) -> dict[str, FlatArray]:
+        """Each parameter as a view of its flat array, in its shape and dtype."""
         chosen = self.places if names is None else [self.place(name) for name in names]
-        return {
-            place.name: arrays[place.array_id][place.offset : place.offset + place.size].reshape(place.shape)
-            for place in chosen
-        }
+        return {place.name: place.shaped(arrays[place.array_id]) for place in chosen}
 
     def blocks_of(self, indices: Collection[int]) -> Mapping[int, list[int]]:
         """The grid blocks of each array that hold anything of the parameters with these (distinct) indices, in order."""
@@ -126,8 +147,8 @@ class Layout:
         for index in indices:
             place = self.places[index]
             if place.size:
-                width = place.dtype.itemsize
-                first, last = place.offset * width // CHUNK_BYTES, ((place.offset + place.size) * width - 1) // CHUNK_BYTES
+                begin, end = place.span
+                first, last = begin // CHUNK_BYTES, (end - 1) // CHUNK_BYTES
                 touched.setdefault(place.array_id, set()).update(range(first, last + 1))
         return {array_id: sorted(found) for array_id, found in sorted(touched.items())}
 
@@ -139,7 +160,7 @@ class Layout:
     def _padding(self) -> Mapping[tuple[int, int], npt.NDArray[np.intp]]:
         found: dict[tuple[int, int], list[int]] = {}
         for place in self.places:
-            per_block = CHUNK_BYTES // place.dtype.itemsize
+            per_block = CHUNK_BYTES // dtypes.storage_dtype(place.dtype).itemsize
             end = place.offset + place.size
             for element in range(end, -(-end // ALIGNMENT) * ALIGNMENT):
                 block, rest = divmod(element, per_block)
@@ -163,17 +184,24 @@ class Layout:
 
     @classmethod
     def from_proto(cls, layout: pb.Layout) -> Layout:
-        """A received layout. ProtocolViolationError for a placement on another server, which this version does not know."""
+        """A received layout.
+
+        ProtocolViolationError for a placement on another server, which this version does not know, or a complex array.
+        """
         for placement in layout.placements:
             if placement.endpoint:
                 raise ProtocolViolationError(
                     f"array {placement.array_id} is on {placement.endpoint}; this client knows jobs on one server only"
                 )
+        arrays = tuple(Array(a.array_id, a.group, dtypes.from_wire(a.dtype), a.length) for a in layout.arrays)
+        for array in arrays:
+            if dtypes.is_complex(array.dtype):
+                raise ProtocolViolationError(f"array {array.array_id} has dtype {array.dtype}; a flat array holds reals")
         return cls(
             layout.layout_version,
             tuple(
                 Place(index, p.name, tuple(p.shape), dtypes.from_wire(p.dtype, p.name), p.array_id, p.offset)
                 for index, p in enumerate(layout.parameters)
             ),
-            tuple(Array(a.array_id, a.group, dtypes.from_wire(a.dtype), a.length) for a in layout.arrays),
+            arrays,
         )

@@ -1,4 +1,4 @@
-"""Hyperparameters and schedule arguments between Python and the wire."""
+"""Hyperparameters between Python and the wire."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from optserve.v1 import types_pb2 as pb
 from optserve.wire.errors import InvalidHyperparameterError
 
-Value = None | bool | int | float | str | tuple[float, ...]
+Value = None | bool | int | float | str | tuple[float | None, ...]
 """What a hyperparameter may be."""
 
 
 def to_value(name: str, value: object) -> pb.Value:
     """The wire form; NumPy scalars count as Python numbers, lists as tuples. InvalidHyperparameterError for anything else."""
-    value = tuple(_plain(entry) for entry in value) if isinstance(value, list | tuple) else _plain(value)
+    value = tuple(plain(entry) for entry in value) if isinstance(value, list | tuple) else plain(value)
     try:
         if value is None:
             return pb.Value()
@@ -25,23 +25,25 @@ def to_value(name: str, value: object) -> pb.Value:
             return pb.Value(number=value)
         if isinstance(value, str):
             return pb.Value(text=value)
-        if isinstance(value, tuple) and all(type(entry) in (int, float) for entry in value):
-            return pb.Value(numbers=pb.NumberList(values=value))
+        if isinstance(value, tuple) and all(entry is None or type(entry) in (int, float) for entry in value):
+            none = [index for index, entry in enumerate(value) if entry is None]
+            return pb.Value(numbers=pb.NumberList(values=[0.0 if entry is None else entry for entry in value], none=none))
     except (ValueError, OverflowError) as error:  # an int of more than 64 bits, a str that is no text
         raise InvalidHyperparameterError(f"{name} is {value!r}, which cannot be sent: {error}") from error
     raise InvalidHyperparameterError(
-        f"{name} is {value!r} of type {type(value).__name__}; allowed are None, bool, int, float, str and tuples of numbers"
+        f"{name} is {value!r} of type {type(value).__name__}; "
+        "allowed are None, bool, int, float, str and tuples of numbers and None"
     )
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """A NumPy scalar or 0-d array as a Python number."""
     item = getattr(value, "item", None)
     return item() if item is not None and getattr(value, "shape", None) == () else value
 
 
 def from_value(value: pb.Value) -> Value:
-    """The Python form."""
+    """The Python form. InvalidHyperparameterError if a list says that more numbers are None than it has."""
     match value.WhichOneof("kind"):
         case "number":
             return value.number
@@ -52,9 +54,20 @@ def from_value(value: pb.Value) -> Value:
         case "text":
             return value.text
         case "numbers":
-            return tuple(value.numbers.values)
+            return _from_numbers(value.numbers)
+        case "schedules":
+            raise InvalidHyperparameterError("schedules are an argument of a schedule, and no hyperparameter")
         case _:
             return None
+
+
+def _from_numbers(numbers: pb.NumberList) -> tuple[float | None, ...]:
+    values: list[float | None] = list(numbers.values)
+    for index in numbers.none:
+        if index >= len(values):
+            raise InvalidHyperparameterError(f"number {index} of a tuple of {len(values)} cannot be None")
+        values[index] = None
+    return tuple(values)
 
 
 def to_hyperparameters(values: Mapping[str, object]) -> list[pb.Hyperparameter]:

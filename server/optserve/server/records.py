@@ -14,10 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from optserve.v1 import types_pb2 as pb
+from optserve.wire.arguments import Factors, ScheduleValue
 from optserve.wire.values import Value
 
 Arrays = Mapping[int, npt.NDArray[np.generic]]
 """Flat arrays by id."""
+
+Changes = Mapping[int, Mapping[str, Value]]
+"""Hyperparameters by group and name."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class ScheduleSet:
 
     caller: Caller
     name: str
-    arguments: Mapping[str, Value]
+    arguments: Mapping[str, ScheduleValue]
+    factors: tuple[Factors, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,17 @@ class ScheduleStepped:
     caller: Caller
     count: int
     metric: float | None
+    factors: tuple[Factors, ...] = ()
+    setting: str = ""
+    """Of the schedule, that the functions were given for which gave the factors."""
+
+
+@dataclass(frozen=True)
+class ScheduleLoaded:
+    """The schedule put where a state_dict of torch's stands, which is JSON-able; the groups stay."""
+
+    caller: Caller
+    state: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,8 @@ class CheckpointDeleted:
 class Decision:
     """What a round does, decided once. With the aggregate it is all that its application needs.
 
-    `scale` is 1/Σ(w/w₀): the aggregate times it is the weighted mean. `absent` are the parameters that no rank sent.
+    `scale` is 1/Σ(w/w₀): the aggregate times it is the weighted mean. `absent` are the parameters that no rank sent. `changes`
+    hold from this round's step on, and if there is no step all the same.
     """
 
     ranks: tuple[int, ...]
@@ -163,6 +180,7 @@ class Decision:
     grad_norm: float
     skip_reason: str
     metrics: Mapping[str, float]
+    changes: Changes = field(default_factory=dict)
 
     @property
     def skipped(self) -> bool:
@@ -186,6 +204,7 @@ Record = (
     | GroupUpdated
     | ScheduleSet
     | ScheduleStepped
+    | ScheduleLoaded
     | StateLoaded
     | Restored
     | CheckpointDeleted

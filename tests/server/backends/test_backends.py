@@ -80,7 +80,7 @@ def test_masters_are_narrowed_to_nearest_even(backend: Backend, dtype: Any) -> N
     masters = np.concatenate([masters, patterns_halfway(dtype)]).astype(np.float32)
     weights = np.zeros(len(masters), dtype)
     sgd = find("sgd")
-    kernel = backend.kernel(sgd, sgd.options(sgd.defaults), np.dtype(dtype))
+    kernel = backend.kernel(sgd, sgd.choices(sgd.defaults), np.dtype(dtype))
     kernel(masters.copy(), np.zeros_like(masters), (), {"lr": 0.0}, 1.0, weights)
     with np.errstate(all="ignore"):
         expected = masters.astype(dtype)
@@ -143,25 +143,25 @@ def test_the_sum_of_squares_of_huge_and_broken_values(backend: Backend) -> None:
 
 def test_a_kernel_takes_unaligned_read_only_gradients_and_refuses_other_lengths(backend: Backend) -> None:
     adam = find("adam")
-    kernel = backend.kernel(adam, adam.options(adam.defaults), np.dtype(np.float32))
+    kernel = backend.kernel(adam, adam.choices(adam.defaults), np.dtype(np.float32))
     gradient = values(20_001, np.float32)
     results = []
     for given in (gradient, unaligned(gradient)):
         masters, slots = np.ones(20_001, np.float32), [np.zeros(20_001, np.float32) for _ in range(2)]
-        kernel(masters, given, slots, adam.scalars(adam.defaults, 1), 0.1, None)
+        kernel(masters, given, slots, adam.values(adam.defaults, 1, {}), 0.1, None)
         results.append([array.tobytes() for array in (masters, *slots)])
     assert results[0] == results[1]
     short = np.zeros(20_000, np.float32)
     for arguments in ((short, gradient, slots), (masters, short, slots), (masters, gradient, [slots[0], short])):
         with pytest.raises(ValueError, match="slices of other lengths"):
-            kernel(*arguments, adam.scalars(adam.defaults, 1), 1.0, None)
+            kernel(*arguments, adam.values(adam.defaults, 1, {}), 1.0, None)
     with pytest.raises(ValueError, match="gradients have dtype float64"):
-        kernel(masters, gradient.astype(np.float64), slots, adam.scalars(adam.defaults, 1), 1.0, None)
+        kernel(masters, gradient.astype(np.float64), slots, adam.values(adam.defaults, 1, {}), 1.0, None)
 
 
 def test_kernels_are_compiled_once(backend: Backend) -> None:
     adam, dtype = find("adam"), np.dtype(np.float32)
-    options = adam.options(adam.defaults)
+    options = adam.choices(adam.defaults)
     found: list[object] = []
     workers = [threading.Thread(target=lambda: found.append(backend.kernel(adam, options, dtype))) for _ in range(4)]
     for worker in workers:
@@ -172,25 +172,33 @@ def test_kernels_are_compiled_once(backend: Backend) -> None:
     assert backend.kernel(find("adamw"), options, dtype) is not found[0]
 
 
-def test_arrays_begin_at_a_cache_line(backend: Backend) -> None:
-    for length in (0, 1, 32, 10_000):
-        array = backend.zeros(length, np.float16)
-        assert array.shape == (length,)
-        assert array.ctypes.data % 64 == 0 or not length
-
-
 def test_backends_are_selected_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "gpu_obstacle", lambda: "no GPU here")
     assert select() is select("auto") is select("numba")
     assert [select(name).name for name in ("numba", "numpy")] == ["numba", "numpy"]
-    with pytest.raises(InvalidArgumentError, match="unknown backend 'numbo'; allowed are auto, numba and numpy"):
+    with pytest.raises(InvalidArgumentError, match="unknown backend 'numbo'; allowed are auto, cupy, numba, numpy"):
         select("numbo")
-    with pytest.raises(MissingExtraError, match="cupy"):
-        select("cupy")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
     assert select("auto").name == "numpy"
     with pytest.raises(MissingExtraError, match=r"pip install 'optserve\[server\]'"):
         select("numba")
+
+
+def test_a_gpu_is_taken_where_nothing_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "gpu_obstacle", lambda: None)
+    monkeypatch.setattr(backends, "_cupy", lambda: select("numpy"))
+    assert select("auto") is select("cupy") is select("numpy")
+    assert select("numba").name == "numba"
+
+
+def test_without_cupy_the_error_says_which_extra_is_for_which_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None if name == "cupy" else find_spec(name))
+    expected = r"CuPy is not installed: pip install 'optserve\[cuda13\]' for a driver of version 580 or later, .*cuda12"
+    with pytest.raises(MissingExtraError, match=expected):
+        select("cupy")
+    assert select("auto").name in ("numba", "numpy")
 
 
 def test_the_first_error_of_a_thread_is_raised_after_all_have_stopped() -> None:

@@ -38,9 +38,10 @@ def content(seed: int = 0) -> Content:
         return np.frombuffer(generator.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
 
     dtypes = {"a.f32": np.float32, "b/f64": np.float64, "c f16": np.float16, "d.bf16": ml_dtypes.bfloat16}
+    dtypes |= {"e.c64": np.complex64, "f.c128": np.complex128}
     parameters = {name: array((5, 3), dtype) for name, dtype in dtypes.items()}
     parameters |= {"empty": array((2, 0), np.float32), "scalar": array((), ml_dtypes.bfloat16)}
-    state = {f"exp_avg/{name}": array((5, 3), np.float32) for name in dtypes}
+    state = {f"exp_avg/{name}": array((5, 3), np.complex128 if "c128" in name else np.float32) for name in dtypes}
     document = {"position": {"version": seed, "step": 3}, "groups": [{"lr": 0.1 + seed, "betas": [0.9, 0.999]}], "ü": "ö\n"}
     return Content(document, parameters, state)
 

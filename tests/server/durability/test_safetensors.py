@@ -13,9 +13,10 @@ import torch
 
 from optserve.server.durability import safetensors as ours
 from optserve.server.storage import DiskStorage, MemoryStorage
+from optserve.wire.dtypes import storage_dtype
 from optserve.wire.errors import CheckpointCorruptError, DtypeMismatchError, InvalidNameError
 
-DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.complex64, np.complex128]
 
 
 def tensors() -> dict[str, ours.Array]:
@@ -62,22 +63,38 @@ def test_the_package_reads_our_file(tmp_path: Path) -> None:
     theirs = safetensors.torch.load_file(tmp_path / "file")
     assert set(theirs) == set(tensors())
     for name, array in tensors().items():
-        tensor = theirs[name]
+        tensor = torch.view_as_complex(theirs[name]) if array.dtype == np.complex128 else theirs[name]
         assert tuple(tensor.shape) == array.shape
         assert str(tensor.dtype) == f"torch.{array.dtype.name}"
         assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == array.tobytes()
 
 
 def test_we_read_the_packages_file(tmp_path: Path) -> None:
+    held = {name: array for name, array in tensors().items() if array.dtype != np.complex128}  # which the format has not
     theirs = {
         name: torch.from_numpy(array.copy().reshape(-1).view(np.uint8))
         .view(getattr(torch, array.dtype.name))
         .reshape(array.shape)
-        for name, array in tensors().items()
+        for name, array in held.items()
     }
     safetensors.torch.save_file(theirs, tmp_path / "file", metadata={"format": "pt"})
     found = read(DiskStorage(tmp_path))
-    assert same({name: found[name] for name in tensors()}, tensors())
+    assert same({name: found[name] for name in held}, held)
+
+
+def test_complex128_which_the_format_lacks_is_pairs_of_float64_that_its_metadata_names(tmp_path: Path) -> None:
+    found: dict[str, ours.Array] = {
+        "z": np.array([[1 + 2j, 3]]).T,
+        "pairs": np.arange(4.0).reshape(2, 2),
+        "0": np.array(5 - 6j),
+        "deep": np.full((1,) * 64, 7j),
+    }
+    written(found, DiskStorage(tmp_path))
+    assert same(read(DiskStorage(tmp_path)), found)
+    with safetensors.safe_open(tmp_path / "file", "np") as theirs:
+        assert theirs.metadata() == {"complex128": '["z", "0", "deep"]'}
+        np.testing.assert_array_equal(theirs.get_tensor("z"), [[[1.0, 2.0]], [[3.0, 0.0]]], strict=True)
+        np.testing.assert_array_equal(theirs.get_tensor("0"), [5.0, -6.0], strict=True)
 
 
 def test_no_tensors_is_a_file_too(tmp_path: Path) -> None:
@@ -90,7 +107,8 @@ def test_every_tensor_is_aligned_to_its_dtype() -> None:
     storage = MemoryStorage()
     written(tensors(), storage)
     with storage.open("file") as file:
-        assert all(entry.begin % entry.dtype.itemsize == 0 for entry in ours.entries(file, "it").values())
+        found = ours.entries(file, "it").values()
+        assert all(entry.begin % storage_dtype(entry.dtype).itemsize == 0 for entry in found)
 
 
 def test_large_arrays_are_written_in_pieces_and_views_in_order() -> None:
@@ -117,6 +135,12 @@ def test_what_the_format_cannot_hold_is_refused() -> None:
             written({"w": np.zeros(1, dtype)}, storage)
 
 
+def pairs(names: object, **changes: Any) -> dict[str, Any]:
+    """A file of one float64 tensor with complex128 metadata."""
+    text = names if isinstance(names, str) else json.dumps(names)
+    return header(**{"dtype": "F64", "shape": [2], "data_offsets": [0, 16]} | changes) | {"__metadata__": {"complex128": text}}
+
+
 def header(**changes: Any) -> dict[str, Any]:
     return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
@@ -132,7 +156,7 @@ def header(**changes: Any) -> dict[str, Any]:
         (b'{"w": 1, "w": 2}', "a name comes twice"),
         ({"w": None}, "must have dtype, shape and data_offsets"),
         (header(extra=1), "must have dtype, shape and data_offsets"),
-        (header(dtype="I64"), "has dtype 'I64'; allowed are F32, F64, F16, BF16"),
+        (header(dtype="I64"), "has dtype 'I64'; allowed are F32, F64, F16, BF16, C64"),
         (header(dtype=["F32"]), "has dtype"),
         (header(shape=[-2]), "has shape"),
         (header(shape=[2.0]), "has shape"),
@@ -140,20 +164,27 @@ def header(**changes: Any) -> dict[str, Any]:
         (header(shape="2"), "has shape"),
         (header(shape=[3]), "spans 8 bytes; its shape and dtype make 12"),
         (header(shape=[1 << 62, 1 << 62]), "spans 8 bytes"),
-        (header(shape=[1] * 64 + [2]), "has shape"),
+        (header(shape=[1] * 64 + [2]), "of more than 64 dimensions"),
         (header(data_offsets=[8, 0]), "spans -8 bytes"),
         (header(data_offsets=[0, 8, 16]), "has shape"),
         (header(data_offsets=[4, 12]), "begins at byte"),
         ({**header(), "v": header()["w"]}, "'[wv]' begins at byte"),
         ({}, "the tensors end at byte"),
         ({**header(), "e": {"dtype": "F32", "shape": [0, 1 << 62], "data_offsets": [8, 8]}}, "impossible shape"),
+        (pairs("w"), "Expecting value"),
+        (pairs({"w": 1}), "it must be a list of names"),
+        (pairs([1]), "it must be a list of names"),
+        (pairs(["v"]), "'v' is said to be complex128"),
+        (pairs(["w"], dtype="C64"), "'w' is said to be complex128"),
+        (pairs(["w"], shape=[2, 1]), "'w' is said to be complex128"),
+        (pairs(["w"], shape=[1] * 65 + [2]), "of more than 64 dimensions"),
     ],
 )
 def test_a_header_of_a_stranger_is_checked(head: bytes | dict[str, Any], message: str) -> None:
     raw = head if isinstance(head, bytes) else json.dumps(head).encode()
     storage = MemoryStorage()
     with storage.create("file") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw + bytes(8 if raw else 0) if raw else b"123")
+        file.write(len(raw).to_bytes(8, "little") + raw + bytes(16 if b"complex128" in raw else 8) if raw else b"123")
     with pytest.raises(CheckpointCorruptError, match=message):
         read(storage)
 

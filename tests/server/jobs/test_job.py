@@ -225,10 +225,18 @@ def test_checkpoint_deleted_stores_the_result() -> None:
     assert job.sessions.repeated(caller(1)) == result
 
 
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "StepLR": {"step_size": 2, "gamma": 0.5},
+    "CosineAnnealingLR": {"T_max": 5},
+    "SequentialLR": {"schedulers": [("LinearLR", {"total_iters": 3}), ("ExponentialLR", {"gamma": 0.9})], "milestones": [2]},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 2, "mode": "triangular2"},
+    "ReduceLROnPlateau": {"patience": 0, "min_lr": 1e-3},
+    "": {},
+}
 EDITS = st.one_of(
     st.tuples(st.just("round"), st.integers(0, 99), st.sets(st.integers(0, 3), max_size=4), st.booleans()),
     st.tuples(st.just("lr"), st.integers(0, 1), st.floats(0.001, 1)),
-    st.tuples(st.just("schedule"), st.sampled_from(["StepLR", "ExponentialLR", "CosineAnnealingLR", "LinearLR", ""])),
+    st.tuples(st.just("schedule"), st.sampled_from(list(ARGUMENTS))),
     st.tuples(st.just("step")),
     st.tuples(st.just("join"), st.sampled_from(["a", "b"]), st.integers(0, 1)),
     st.tuples(st.just("leave"), st.sampled_from(["a", "b"])),
@@ -237,13 +245,6 @@ EDITS = st.one_of(
     st.tuples(st.just("restore")),
     st.tuples(st.just("load")),
 )
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "StepLR": {"step_size": 2, "gamma": 0.5},
-    "ExponentialLR": {"gamma": 0.9},
-    "CosineAnnealingLR": {"T_max": 5},
-    "LinearLR": {"total_iters": 3},
-    "": {},
-}
 
 
 class History:
@@ -272,7 +273,7 @@ class History:
             case "schedule":
                 return ScheduleSet(who, given_[0], ARGUMENTS[given_[0]])
             case "step" if job.schedule is not None:
-                return ScheduleStepped(who, job.schedule_steps + 1, None)
+                return ScheduleStepped(who, job.schedule_steps + 1, 0.5 if job.schedule.schedule.takes_metric else None)
             case "join":
                 epoch = job.sessions.epochs.get(given_[0], 0) + 1
                 return Joined(given_[0], given_[1], f"session{self.seq}", epoch)
@@ -366,12 +367,14 @@ def test_a_new_job_of_a_document_has_no_members_and_no_past() -> None:
         lambda d: d.update(groups=3),
         lambda d: d.update(schedule={"name": "NoLR"}),
         lambda d: d.update(schedule=[1]),
+        lambda d: d["schedule"]["state"].update(base_lrs=[0.1]),
+        lambda d: d["groups"][0].update(max_lr="high"),
         lambda d: d.update(metrics=None),
         lambda d: d.update(metrics={"loss": "high"}),
         lambda d: d["sessions"].update(members=[{"name": "a"}]),
         lambda d: d["history"].update(ended={"first": "x"}),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_document_that_does_not_fit_is_a_typed_error(damage: Callable[[dict[str, Any]], None]) -> None:
     job = new_job()

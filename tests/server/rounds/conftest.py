@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every_backend import backend_named
 
-from optserve.server.backends import select
 from optserve.server.durability.journal import NullJournal
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import Caller
+from optserve.server.records import Caller, Changes
 from optserve.server.rounds.pushes import Done, Push, Resend, Ticket, Waiting
 from optserve.server.rounds.registry import Registry, Running
 from optserve.v1 import data_pb2, jobs_pb2, types_pb2
@@ -63,13 +63,14 @@ class Rank:
         seq: int | None = None,
         fingerprint: str = "",
         parameter_count: int | None = None,
+        changes: Changes | None = None,
     ) -> Push:
         """The head of a push of the next sequence number."""
         places = self.running.job.store.layout.places
         absent = [place.index for place in places if place.name not in (gradients or {})]
         count = len(places) if parameter_count is None else parameter_count
         caller = Caller(self.member.session_id, self.member.epoch, seq or self.seq + 1, fingerprint)
-        return Push(caller, ("", 0), kind, weight, count, frozenset(absent), dict(metrics or {}))
+        return Push(caller, ("", 0), kind, weight, count, frozenset(absent), dict(metrics or {}), changes=changes or {})
 
     def chunks(self, gradients: Arrays) -> list[Chunk]:
         """Every chunk of the gradient, zeros for what is absent."""
@@ -77,7 +78,7 @@ class Rank:
         flats = {array.array_id: np.zeros(array.length, array.dtype) for array in layout.arrays}
         for place in layout.places:
             if place.name in gradients:
-                flats[place.array_id][place.offset : place.offset + place.size] = gradients[place.name].reshape(-1)
+                place.shaped(flats[place.array_id])[...] = gradients[place.name]
         present = [place.index for place in layout.places if place.name in gradients]
         return [
             chunk
@@ -167,12 +168,12 @@ def spec_of(parameters: Arrays, **fields: Any) -> jobs_pb2.JobSpec:
 
 @pytest.fixture
 def house() -> Iterator[Callable[..., House]]:
-    """house(parameters, **JobSpec fields) -> House, with the initial values in place."""
+    """house(parameters, backend's name, **JobSpec fields) -> House, with the initial values in place."""
     made: list[House] = []
 
-    def build(parameters: Arrays, **fields: Any) -> House:
+    def build(parameters: Arrays, backend: str = "numpy", **fields: Any) -> House:
         clock = Clock()
-        registry = Registry(select("numpy"), lambda _: NullJournal(), clock)
+        registry = Registry(backend_named(backend), lambda _: NullJournal(), clock)
         running, _ = registry.create(f"job-{len(made)}", spec_of(parameters, **fields), "creator", False)
         clock.wake.append(running.host.wake)
         running.job.store.set_values(parameters)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
+from optserve.server.records import Changes
 from optserve.server.rounds.decide import Vote, decide
+from optserve.wire import errors
 
 
 def vote(
@@ -18,9 +21,10 @@ def vote(
     found_inf: bool = False,
     contributes: bool | None = None,
     metrics: Mapping[str, float] | None = None,
+    changes: Changes | None = None,
 ) -> Vote:
     counts = weight > 0 and not found_inf if contributes is None else contributes
-    return Vote(rank, weight, counts, found_inf, frozenset(present), metrics or {})
+    return Vote(rank, weight, counts, found_inf, frozenset(present), metrics or {}, changes or {})
 
 
 def test_equal_weights_give_the_plain_mean_exactly() -> None:
@@ -93,6 +97,31 @@ def test_metrics_that_are_not_finite_are_no_defect(values: tuple[float, float]) 
     decision = decide([vote(rank, metrics={"loss": value}) for rank, value in enumerate(values)], 1.0, 1.0, 1)
     assert not decision.skipped
     assert "loss" in decision.metrics
+
+
+def test_changes_are_put_together_in_rank_order_whatever_the_round_does() -> None:
+    changes: list[Changes] = [{1: {"lr": 0.5, "eps": 1e-6}}, {}, {0: {"lr": 0.25}, 1: {"betas": (0.5, 0.9), "lr": 0.5}}]
+    for found_inf, total in ((False, 1.0), (True, 1.0), (False, math.inf)):
+        votes = [vote(rank, changes=entry, found_inf=found_inf) for rank, entry in enumerate(changes)]
+        found = decide(votes, 1.0, total, 1).changes
+        assert found == {1: {"lr": 0.5, "eps": 1e-6, "betas": (0.5, 0.9)}, 0: {"lr": 0.25}}
+    assert decide([vote(0, 0.0, changes={0: {"lr": 2.0}})], 1.0, 0.0, 1).changes == {0: {"lr": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(0.1, 0.2), (None, 0.0), ((0.9, 0.99), (0.9, 0.999)), (True, False), ("original", None)]
+)
+def test_ranks_that_give_different_values_disagree(one: Any, other: Any) -> None:
+    votes = [vote(1, changes={2: {"x": one}}), vote(2), vote(5, changes={2: {"x": other}})]
+    with pytest.raises(errors.RanksDisagreeError) as caught:
+        decide(votes, 1.0, 1.0, 1)
+    assert f"x of group 2 to different values: rank 1 to {one!r}, rank 5 to {other!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, (math.nan, 1.0), 0.0, None, (0.9, 0.99)])
+def test_ranks_that_give_the_same_value_agree(value: Any) -> None:
+    decision = decide([vote(0, changes={0: {"x": value}}), vote(1, changes={0: {"x": value}})], 1.0, 1.0, 1)
+    assert decision.changes == {0: {"x": value}}
 
 
 def test_weights_so_far_apart_that_their_sum_overflows_are_no_defect() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from optserve.server.records import Caller, GroupAdded, ScheduleSet
+from optserve.server.records import Caller, GroupAdded, ScheduleSet, ScheduleStepped
 from optserve.server.rounds.pushes import Done
 from optserve.v1 import jobs_pb2
 from optserve.wire import errors
@@ -38,8 +39,8 @@ def test_a_repeat_is_answered_even_if_the_job_went_on(house: Build) -> None:
     waiting = first.in_thread(lambda: first.send(G))
     second.send(G)
     done = waiting.result(20)
-    host = running.running.host
-    host.update_group(Caller("admin", 0, 1, "x"), NEW, 0, {"lr": 0.5})
+    administration = running.running.administration
+    administration.update_group(Caller("admin", 0, 1, "x"), NEW, 0, {"lr": 0.5})
     assert first.finish(first.begin(first.push(G, seq=1))).result == done.result
 
 
@@ -81,10 +82,10 @@ def test_an_old_epoch_is_refused(house: Build) -> None:
 
 def test_a_failed_call_uses_no_number_up(house: Build) -> None:
     running = house(W)
-    host = running.running.host
+    administration = running.running.administration
     with pytest.raises(errors.InvalidHyperparameterError):
-        host.update_group(Caller("admin", 0, 1, "x"), NEW, 0, {"lr": -1.0})
-    host.update_group(Caller("admin", 0, 1, "y"), NEW, 0, {"lr": 2.0})
+        administration.update_group(Caller("admin", 0, 1, "x"), NEW, 0, {"lr": -1.0})
+    administration.update_group(Caller("admin", 0, 1, "y"), NEW, 0, {"lr": 2.0})
     assert running.running.job.groups[0]["lr"] == 2.0
 
 
@@ -126,21 +127,29 @@ def test_a_push_whose_round_was_applied_while_its_stream_was_away_is_not_applied
 
 
 def _admin(running: Any) -> list[tuple[str, Callable[[Caller], Any]]]:
-    host = running.running.host
+    administration = running.running.administration
     group = {**running.running.job.groups[0]}
     return [
-        ("update_group", lambda caller: host.update_group(caller, NEW, 0, {"lr": 0.25})),
-        ("set_schedule", lambda caller: host.set_schedule(caller, NEW, ScheduleSet(caller, "StepLR", {"step_size": 1}))),
-        ("step_schedule", lambda caller: host.step_schedule(caller, NEW, 0, None)),
-        ("add_group", lambda caller: host.add_group(caller, NEW, GroupAdded(caller, group, [("v", np.ones(2, np.float32))]))),
+        ("update_group", lambda caller: administration.update_group(caller, NEW, 0, {"lr": 0.25})),
+        (
+            "set_schedule",
+            lambda caller: administration.set_schedule(caller, NEW, ScheduleSet(caller, "StepLR", {"step_size": 1})),
+        ),
+        ("step_schedule", lambda caller: administration.step_schedule(caller, NEW, ScheduleStepped(caller, 0, None))),
+        (
+            "add_group",
+            lambda caller: administration.add_group(caller, NEW, GroupAdded(caller, group, [("v", np.ones(2, np.float32))])),
+        ),
     ]
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_every_administrative_call_is_applied_once(house: Build, index: int) -> None:
     running = house(W)
-    host = running.running.host
-    host.set_schedule(Caller("admin", 0, 1, "s"), NEW, ScheduleSet(Caller("admin", 0, 1, "s"), "ExponentialLR", {"gamma": 0.5}))
+    administration = running.running.administration
+    administration.set_schedule(
+        Caller("admin", 0, 1, "s"), NEW, ScheduleSet(Caller("admin", 0, 1, "s"), "ExponentialLR", {"gamma": 0.5})
+    )
     name, call = _admin(running)[index]
     first = call(Caller("admin", 0, 2, name))
     document = running.running.job.to_document({})
@@ -152,27 +161,31 @@ def test_every_administrative_call_is_applied_once(house: Build, index: int) -> 
 
 def test_a_schedule_step_counted_by_four_workers_is_applied_once(house: Build) -> None:
     running = house(W, workers=4)
-    host = running.running.host
+    administration = running.running.administration
     setter = Caller("admin", 0, 1, "s")
-    host.set_schedule(setter, NEW, ScheduleSet(setter, "ExponentialLR", {"gamma": 0.5}))
+    administration.set_schedule(setter, NEW, ScheduleSet(setter, "ExponentialLR", {"gamma": 0.5}))
     ranks = [running.join() for _ in range(4)]
     for count in (1, 2):
         for rank in ranks:
             caller = Caller(rank.member.session_id, rank.member.epoch, count, f"step{count}")
-            host.step_schedule(caller, NEW, count, None)
+            administration.step_schedule(caller, NEW, ScheduleStepped(caller, count, None))
     assert running.running.job.groups[0]["lr"] == 0.25
     assert running.running.job.schedule_steps == 2
 
 
 def test_a_counted_step_may_not_run_ahead(house: Build) -> None:
     running = house(W, workers=2)
-    host = running.running.host
+    administration = running.running.administration
     setter = Caller("admin", 0, 1, "s")
-    host.set_schedule(setter, NEW, ScheduleSet(setter, "ExponentialLR", {"gamma": 0.5}))
+    administration.set_schedule(setter, NEW, ScheduleSet(setter, "ExponentialLR", {"gamma": 0.5}))
     first, second = running.join(), running.join()
-    host.step_schedule(Caller(first.member.session_id, first.member.epoch, 1, "a"), NEW, 1, None)
+    ahead, behind = (
+        Caller(first.member.session_id, first.member.epoch, 1, "a"),
+        Caller(second.member.session_id, second.member.epoch, 1, "c"),
+    )
+    administration.step_schedule(ahead, NEW, ScheduleStepped(ahead, 1, None))
     with pytest.raises(errors.SequenceGapError, match="schedule step 3 came after step 1"):
-        host.step_schedule(Caller(second.member.session_id, second.member.epoch, 1, "c"), NEW, 3, None)
+        administration.step_schedule(behind, NEW, ScheduleStepped(behind, 3, None))
     assert running.running.job.groups[0]["lr"] == 0.5
 
 
@@ -185,16 +198,27 @@ def test_a_journal_that_fails_leaves_the_job_as_it_was(house: Build) -> None:
 
     running = house(W)
     rank = running.join()
-    host = running.running.host
+    host, administration = running.running.host, running.running.administration
     journal, host.journal = host.journal, Broken()
     with pytest.raises(errors.StorageError):
         rank.send(G)
     with pytest.raises(errors.StorageError):
-        host.update_group(Caller("admin", 0, 1, "x"), NEW, 0, {"lr": 0.25})
+        administration.update_group(Caller("admin", 0, 1, "x"), NEW, 0, {"lr": 0.25})
     host.journal = journal
     assert running.running.job.position.step == 0
     np.testing.assert_array_equal(running.values()["w"], W["w"])
     assert isinstance(rank.send(G), Done)
+
+
+def test_what_a_checkpoint_captures_does_not_change_with_the_job(house: Build) -> None:
+    running = house(W)
+    rank = running.join()
+    document, _ = running.running.host.capture()
+    before = copy.deepcopy(document)
+    rank.send(G)
+    running.running.administration.update_group(Caller("admin", 0, 1, "x"), NEW, 0, {"lr": 0.5})
+    running.join(rank.member.name, session_id="newer")
+    assert document == before
 
 
 def test_two_jobs_know_nothing_of_each_other(house: Build) -> None:

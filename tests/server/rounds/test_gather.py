@@ -25,7 +25,8 @@ SHAPES = {"big": (700, 1000), "bias": (33,), "scalar": (), "empty": (0, 3), "mor
 
 def gradients_of(seed: int, dtype: Any = np.float32, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
     random_bits = np.random.default_rng(seed)
-    return {name: random_bits.normal(size=shape).astype(dtype) for name, shape in (shapes or SHAPES).items()}
+    turn = 1 + 2j if np.dtype(dtype).kind == "c" else 1
+    return {name: (random_bits.normal(size=shape) * turn).astype(dtype) for name, shape in (shapes or SHAPES).items()}
 
 
 def zeros(dtype: Any = np.float32, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
@@ -76,7 +77,10 @@ def shuffled_round(house: House, gradients: list[Any], weights: list[float], ord
     return [future.result(20) for future in waiting]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.complex64, np.complex128]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.0, 3.0, 7.0], [5.0, 0.0, 1.0]], ids=str)
 def test_the_sum_is_the_definition_bit_for_bit_whatever_comes_first(house: Build, dtype: Any, weights: list[float]) -> None:
     gradients = [gradients_of(rank, dtype) for rank in range(3)]

@@ -34,7 +34,16 @@ TYPES = {
     "float64": types_pb2.DATA_TYPE_FLOAT64,
     "float16": types_pb2.DATA_TYPE_FLOAT16,
     "bfloat16": types_pb2.DATA_TYPE_BFLOAT16,
+    "complex64": types_pb2.DATA_TYPE_COMPLEX64,
+    "complex128": types_pb2.DATA_TYPE_COMPLEX128,
 }
+WIDTHS = {
+    types_pb2.DATA_TYPE_FLOAT32: 4,
+    types_pb2.DATA_TYPE_FLOAT64: 8,
+    types_pb2.DATA_TYPE_FLOAT16: 2,
+    types_pb2.DATA_TYPE_BFLOAT16: 2,
+}
+"""Bytes of an element of a flat array."""
 END = types_pb2.StreamEnd()
 
 
@@ -89,7 +98,7 @@ def flats(layout: types_pb2.Layout, arrays: Mapping[str, Any]) -> dict[int, byte
     """Each flat array's bytes: the parameters at their offsets, zeros between."""
     found = {}
     for array in layout.arrays:
-        width = next(arrays[p.name].dtype.itemsize for p in layout.parameters if p.array_id == array.array_id)
+        width = WIDTHS[array.dtype]
         flat = bytearray(array.length * width)
         for parameter in layout.parameters:
             if parameter.array_id == array.array_id:
@@ -108,9 +117,10 @@ def chunks(layout: types_pb2.Layout, arrays: Mapping[str, Any]) -> Iterator[type
 def parameters(layout: types_pb2.Layout, found: Mapping[int, bytes], like: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters cut out of the flat arrays."""
     cut = {}
+    widths = {array.array_id: WIDTHS[array.dtype] for array in layout.arrays}
     for parameter in layout.parameters:
         dtype = like[parameter.name].dtype
-        begin = parameter.offset * dtype.itemsize
+        begin = parameter.offset * widths[parameter.array_id]
         size = int(np.prod(parameter.shape, dtype=int)) * dtype.itemsize
         raw = found[parameter.array_id][begin : begin + size]
         cut[parameter.name] = np.frombuffer(raw, dtype).reshape(tuple(parameter.shape))

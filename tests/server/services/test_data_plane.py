@@ -14,6 +14,7 @@ import pytest
 
 from optserve.server.app import App
 from optserve.v1 import data_pb2, types_pb2, workers_pb2
+from optserve.wire.dtypes import state_dtype
 
 MIB = 1 << 20
 RNG = np.random.default_rng(7)
@@ -28,6 +29,8 @@ def model() -> dict[str, Any]:
         "half": RNG.normal(size=(5, 3)).astype(ml_dtypes.bfloat16),
         "double": RNG.normal(size=(4,)),
         "empty": np.zeros((0, 3), np.float32),
+        "complex": RNG.normal(size=(4, 5, 2)).astype(np.float32).view(np.complex64)[..., 0],
+        "wide": RNG.normal(size=6).view(np.complex128),
     }
 
 
@@ -72,7 +75,7 @@ def test_a_push_is_one_step(foreign: Any) -> None:
     assert result.grad_norm == pytest.approx(np.sqrt(sum(array.size for array in arrays.values())))
     assert not result.skipped
     for name, found in foreign.weights().items():
-        expected = arrays[name].astype(np.float32 if arrays[name].dtype.itemsize < 8 else np.float64) - 1
+        expected = arrays[name].astype(state_dtype(arrays[name].dtype)) - 1
         np.testing.assert_array_equal(found, expected.astype(arrays[name].dtype))
 
 
@@ -157,11 +160,10 @@ def test_a_gradient_without_some_parameters_leaves_them_alone(foreign: Any) -> N
 
     def items() -> Any:
         yield data_pb2.PushRequest(begin=foreign.begin(gradients))
-        flat = np.zeros(index["double"].offset + 32)
-        flat[index["double"].offset :][:4] = 1
         length = next(array.length for array in foreign.layout.arrays if array.array_id == index["double"].array_id)
-        data = flat[:length].tobytes()
-        yield data_pb2.PushRequest(chunk=types_pb2.TensorChunk(array_id=index["double"].array_id, data=data))
+        flat = np.zeros(length)
+        flat[index["double"].offset :][:4] = 1
+        yield data_pb2.PushRequest(chunk=types_pb2.TensorChunk(array_id=index["double"].array_id, data=flat.tobytes()))
         length = next(array.length for array in foreign.layout.arrays if array.array_id == index["bias"].array_id)
         flat32 = np.zeros(length, np.float32)
         flat32[index["bias"].offset :][:7] = 1
@@ -282,8 +284,9 @@ def test_the_end_of_an_old_stream_does_not_shorten_the_lease_of_a_new_one(
 ) -> None:
     """A client gives a stream up and opens another; the server may notice in the other order."""
     foreign.ready({"w": np.zeros(3, np.float32)}, lease_seconds=100)
-    old, new = open_stream(foreign), open_stream(foreign)
-    old.receive("opened")
+    old = open_stream(foreign)
+    old.receive("opened")  # streams that open at the same time may be bound in either order
+    new = open_stream(foreign)
     new.receive("opened")
     host = app.registry.find("j").host
     old.close()

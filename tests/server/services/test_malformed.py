@@ -249,6 +249,9 @@ def test_every_method_that_names_a_job_says_that_it_is_not_there(foreign: Any, f
         "UpdateGroup": lambda: foreign.optimizer.UpdateGroup(optimizer_pb2.UpdateGroupRequest(call=call)),
         "SetSchedule": lambda: foreign.optimizer.SetSchedule(optimizer_pb2.SetScheduleRequest(call=call)),
         "StepSchedule": lambda: foreign.optimizer.StepSchedule(optimizer_pb2.StepScheduleRequest(call=call)),
+        "LoadScheduleState": lambda: foreign.optimizer.LoadScheduleState(
+            optimizer_pb2.LoadScheduleStateRequest(call=call, state="{}")
+        ),
         "GetSchedule": lambda: foreign.optimizer.GetSchedule(optimizer_pb2.GetScheduleRequest(job_id=missing)),
         "GetState": lambda: next(foreign.state.GetState(state_pb2.GetStateRequest(job_id=missing))),
         "LoadState": lambda: foreign.state.LoadState(

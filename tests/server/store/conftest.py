@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every_backend import backend_named
 
-from optserve.server.backends import select
+from optserve.server.backends import Backend
 from optserve.server.formulas import Optimizer
 from optserve.server.store import Store
 
@@ -17,12 +18,16 @@ Arrays = Mapping[str, Any]
 
 @pytest.fixture
 def build() -> Callable[..., Store]:
-    """build(optimizer, backend, param groups as dicts of arrays, their hyperparameters, threads) -> Store"""
+    """build(optimizer, backend or its name, param groups as dicts of arrays, their hyperparameters, threads) -> Store"""
 
     def make(
-        optimizer: Optimizer, backend: str, tensors: Sequence[Arrays], groups: Sequence[Arrays], threads: int | None = None
+        optimizer: Optimizer,
+        backend: str | Backend,
+        tensors: Sequence[Arrays],
+        groups: Sequence[Arrays],
+        threads: int | None = None,
     ) -> Store:
-        store = Store(optimizer, select(backend), threads)
+        store = Store(optimizer, backend_named(backend) if isinstance(backend, str) else backend, threads)
         for parameters in tensors:
             store.add_group([(name, value.shape, value.dtype) for name, value in parameters.items()])
             store.set_values(parameters)

@@ -240,7 +240,7 @@ def test_a_small_update_stays_in_its_thread_and_a_large_one_does_not(build: Buil
     threads: set[int] = set()
     for size in (SLICE, 4 * SLICE):
         store = build(SGD, "numpy", [{"a": np.ones(size, np.float32)}], [SGD.defaults], 2)
-        kernel = store.backend.kernel(SGD, SGD.options(SGD.defaults), FLOAT32)
+        kernel = store.backend.kernel(SGD, SGD.choices(SGD.defaults), FLOAT32)
         both = threading.Barrier(2, timeout=30)
 
         def spy(*arguments: Any, run: Any = kernel, both: Any = both, size: int = size) -> None:
@@ -250,7 +250,7 @@ def test_a_small_update_stays_in_its_thread_and_a_large_one_does_not(build: Buil
             threads.add(threading.get_ident())
             run(*arguments)
 
-        monkeypatch.setattr(store, "_kernel", lambda *_, spy=spy: spy)
+        monkeypatch.setattr(store.backend, "kernel", lambda *_, spy=spy: spy)
         threads.clear()
         store.update([SGD.defaults], store.accumulators())
         assert len(threads) == (1 if size == SLICE else 2)

@@ -28,7 +28,7 @@ from optserve.cli.options import example
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "numba", "numpy"]),
+    type=click.Choice(["auto", "cupy", "numba", "numpy"]),
     default="auto",
     show_default=True,
     help="What the demo's server runs the updates with.",

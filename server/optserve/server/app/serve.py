@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import threading
 from importlib import metadata
@@ -9,15 +10,18 @@ from importlib import metadata
 from optserve.server.app import allocator
 from optserve.server.app.app import App
 from optserve.server.app.config import ServerConfig
+from optserve.server.backends import gpu_obstacle
 
 _HOUSEKEEPING_SECONDS = 1.0
 
 
 def start_line(app: App) -> str:
     """What a server says of itself when it starts."""
-    parts = [f"optserve {metadata.version('optserve')} listening on {app.address}", f"backend {app.backend.name}"]
+    parts = [f"optserve {metadata.version('optserve')} listening on {app.address}", f"backend {app.backend.description}"]
     if app.backend.name == "numpy" and app.config.backend == "auto":
         parts[-1] += ' (numba is not installed: updates are several times slower; pip install "optserve[server]")'
+    if app.config.backend == "auto" and app.backend.on_host and importlib.util.find_spec("cupy") is not None:
+        parts.append(f"no GPU is used: {gpu_obstacle()}")
     if app.config.insecure:
         parts.append("INSECURE: not encrypted, not authenticated")
     if app.config.data_dir is None:

@@ -8,9 +8,9 @@ from functools import cache
 from optserve.server.backends.interface import Backend, Kernel
 from optserve.wire.errors import InvalidArgumentError, MissingExtraError
 
-__all__ = ["NAMES", "Backend", "Kernel", "select"]
+__all__ = ["NAMES", "Backend", "Kernel", "gpu_obstacle", "select"]
 
-NAMES = ("auto", "numba", "numpy", "cupy")
+NAMES = ("auto", "cupy", "numba", "numpy")
 """What `select` takes."""
 
 
@@ -28,18 +28,37 @@ def _numpy() -> Backend:
     return NumpyBackend()
 
 
-def select(name: str = "auto") -> Backend:
-    """The backend of that name, one object a process; "auto" is numba where it is installed, else numpy.
+@cache
+def _cupy() -> Backend:
+    from optserve.server.backends.cupy.backend import CupyBackend
+    from optserve.server.backends.cupy.device import CupyDevice
+    from optserve.server.backends.cupy.thread import DeviceThread
 
-    MissingExtraError if its dependency is missing, InvalidArgumentError if there is none of that name.
+    device = CupyDevice()
+    return CupyBackend(device, DeviceThread(device), _on_cpu())
+
+
+def _on_cpu() -> Backend:
+    return _numpy() if importlib.util.find_spec("numba") is None else _numba()
+
+
+def gpu_obstacle() -> str | None:
+    """Why "auto" takes no GPU here, and what to do about it; None if it takes one. Loads the driver: not before a fork."""
+    from optserve.server.backends.cupy.device import obstacle
+
+    return obstacle()
+
+
+def select(name: str = "auto") -> Backend:
+    """The backend of that name, one object a process; "auto" is cupy where there is a GPU, else numba, else numpy.
+
+    MissingExtraError if its dependency or its device is missing, InvalidArgumentError if there is none of that name,
+    OutOfMemoryError if the device has no room for buffers. A process that has a GPU here must not be forked.
     """
-    if name == "cupy":
-        raise MissingExtraError("the cupy backend is not part of this version of optserve; allowed are auto, numba and numpy")
     if name not in NAMES:
-        raise InvalidArgumentError(f"unknown backend {name!r}; allowed are auto, numba and numpy")
-    installed = importlib.util.find_spec("numba") is not None
-    if name == "numba" and not installed:
+        raise InvalidArgumentError(f"unknown backend {name!r}; allowed are {', '.join(NAMES)}")
+    if name == "cupy" or (name == "auto" and gpu_obstacle() is None):
+        return _cupy()
+    if name == "numba" and importlib.util.find_spec("numba") is None:
         raise MissingExtraError("the numba backend needs Numba: pip install 'optserve[server]'", extra="server")
-    if name == "numpy" or not installed:
-        return _numpy()
-    return _numba()
+    return _numpy() if name == "numpy" else _on_cpu()

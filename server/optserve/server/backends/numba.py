@@ -13,14 +13,14 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from optserve.server.backends.interface import Array, aligned_zeros, check_lengths
+from optserve.server.backends.interface import Array, check_lengths
+from optserve.server.backends.memory import HostMemory
 from optserve.server.backends.norms import LANES, segmented_sum
-from optserve.server.formulas import Optimizer
+from optserve.server.formulas import Elementwise
 from optserve.server.formulas.language import Program
 from optserve.wire.dtypes import state_dtype
 
@@ -237,7 +237,7 @@ def _add_squares(lanes: Any, values: Any) -> None:
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
 
 
-class NumbaBackend:
+class NumbaBackend(HostMemory):
     """Implements Backend."""
 
     name = "numba"
@@ -247,10 +247,7 @@ class NumbaBackend:
         self._kernels: dict[tuple[Any, ...], _Kernel] = {}
         self._functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
-    def zeros(self, length: int, dtype: npt.DTypeLike) -> Array:
-        return aligned_zeros(length, dtype)
-
-    def kernel(self, optimizer: Optimizer, options: Mapping[str, bool], dtype: np.dtype[Any]) -> _Kernel:
+    def kernel(self, optimizer: Elementwise, options: Mapping[str, bool], dtype: np.dtype[Any]) -> _Kernel:
         key = (optimizer, dtype, *options.values())
         found = self._kernels.get(key)
         if found is None:

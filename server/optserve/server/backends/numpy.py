@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from optserve.server.backends.interface import Array, aligned_zeros, check_lengths
+from optserve.server.backends.interface import Array, check_lengths
+from optserve.server.backends.memory import HostMemory
 from optserve.server.backends.norms import LANES, segmented_sum
 from optserve.server.backends.registers import schedule
-from optserve.server.formulas import Optimizer
+from optserve.server.formulas import Elementwise
 from optserve.server.formulas.language import Program
 from optserve.wire.dtypes import state_dtype
 
@@ -117,7 +117,7 @@ def _add_squares(lanes: Array, values: Array) -> None:
                 np.add(target, row, target)
 
 
-class NumpyBackend:
+class NumpyBackend(HostMemory):
     """Implements Backend."""
 
     name = "numpy"
@@ -126,13 +126,10 @@ class NumpyBackend:
         self._lock = threading.Lock()  # guards _kernels
         self._kernels: dict[tuple[Any, ...], _Kernel] = {}
 
-    def zeros(self, length: int, dtype: npt.DTypeLike) -> Array:
-        return aligned_zeros(length, dtype)
-
     def prepare(self, dtype: np.dtype[Any]) -> None:
         """Nothing is compiled here."""
 
-    def kernel(self, optimizer: Optimizer, options: Mapping[str, bool], dtype: np.dtype[Any]) -> _Kernel:
+    def kernel(self, optimizer: Elementwise, options: Mapping[str, bool], dtype: np.dtype[Any]) -> _Kernel:
         key = (optimizer, dtype, *options.values())
         found = self._kernels.get(key)
         if found is None:

@@ -3,6 +3,9 @@
 The format is https://github.com/huggingface/safetensors; any reader of it loads these files. It is written here rather than by
 that package so that tensors go through Storage piece by piece, without a second copy of the model. The header keeps the
 tensors' order; their bytes come widest dtype first, so that all are aligned. Reading trusts nothing in the file.
+
+The format has complex64 but not complex128: such a tensor is written as F64 with a last axis of 2 (real, imaginary), and
+`__metadata__` lists the names of those as JSON under "complex128".
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "F64": np.dtype(np.float64),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "C64": np.dtype(np.complex64),
 }
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 
@@ -38,6 +42,7 @@ PIECE_BYTES = 4 << 20
 
 _MAX_DIMENSIONS = 64  # NumPy's own limit
 _METADATA = "__metadata__"
+_PAIRS = "complex128"
 
 
 class Sink(Protocol):
@@ -59,7 +64,9 @@ class Entry:
 def write(sink: Sink, tensors: Mapping[str, Array]) -> None:
     """Writes a whole file. InvalidNameError or DtypeMismatchError for what the format or optserve cannot hold."""
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = dict.fromkeys(tensors)
+    pairs = [name for name, array in tensors.items() if array.dtype == np.complex128]
+    header: dict[str, Any] = {_METADATA: {_PAIRS: json.dumps(pairs)}} if pairs else {}
+    header |= dict.fromkeys(tensors)
     end = 0
     for name in order:
         array = tensors[name]
@@ -67,7 +74,8 @@ def write(sink: Sink, tensors: Mapping[str, Array]) -> None:
             raise InvalidNameError(f"a parameter named {name!r} cannot be saved: safetensors reserves that name")
         dtypes.to_wire(array.dtype, name)
         begin, end = end, end + array.nbytes
-        header[name] = {"dtype": _LETTERS[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+        letters, shape = _stored(array)
+        header[name] = {"dtype": letters, "shape": shape, "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
@@ -88,7 +96,7 @@ def entries(file: Reader, what: str) -> dict[str, Entry]:
         header = json.loads(file.read(8, length).decode(), object_pairs_hook=_without_repeats)
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
-        header.pop(_METADATA, None)
+        metadata = header.pop(_METADATA, None)
         found = {name: _entry(name, fields, 8 + length) for name, fields in header.items()}
         end = 8 + length
         for name, entry in sorted(found.items(), key=lambda pair: (pair[1].begin, _nbytes(pair[1]))):
@@ -97,6 +105,10 @@ def entries(file: Reader, what: str) -> dict[str, Entry]:
             end += _nbytes(entry)
         if end != file.size:
             raise ValueError(f"the tensors end at byte {end} of {file.size}")
+        found |= _paired(found, metadata)
+        for name, entry in found.items():
+            if len(entry.shape) > _MAX_DIMENSIONS:
+                raise ValueError(f"{name!r} has shape {entry.shape}, of more than {_MAX_DIMENSIONS} dimensions")
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{what} has no valid safetensors header: {error}") from error
     return found
@@ -121,7 +133,7 @@ def _entry(name: str, fields: object, base: int) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} must have dtype, shape and data_offsets")
     shape, offsets, letters = fields["shape"], fields["data_offsets"], fields["dtype"]
-    if not _counts(shape) or len(shape) > _MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
     if not isinstance(letters, str) or letters not in DTYPES:
         raise ValueError(f"{name!r} has dtype {letters!r}; allowed are {', '.join(DTYPES)}")
@@ -129,6 +141,29 @@ def _entry(name: str, fields: object, base: int) -> Entry:
     if offsets[1] - offsets[0] != _nbytes(entry):
         raise ValueError(f"{name!r} spans {offsets[1] - offsets[0]} bytes; its shape and dtype make {_nbytes(entry)}")
     return entry
+
+
+def _stored(array: Array) -> tuple[str, list[int]]:
+    """The format's name of a dtype, and the shape that the tensor has in the file."""
+    if array.dtype == np.complex128:
+        return "F64", [*array.shape, 2]
+    return _LETTERS[array.dtype], list(array.shape)
+
+
+def _paired(found: Mapping[str, Entry], metadata: object) -> dict[str, Entry]:
+    """The entries that are complex128, as such."""
+    if not isinstance(metadata, dict) or _PAIRS not in metadata:
+        return {}
+    names = json.loads(str(metadata[_PAIRS]))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{_METADATA} has {metadata[_PAIRS]!r} under {_PAIRS!r}; it must be a list of names")
+    pairs: dict[str, Entry] = {}
+    for name in names:
+        entry = found.get(name)
+        if entry is None or entry.dtype != np.float64 or entry.shape[-1:] != (2,):
+            raise ValueError(f"{name!r} is said to be complex128, but is no F64 tensor with a last axis of 2")
+        pairs[name] = Entry(entry.shape[:-1], np.dtype(np.complex128), entry.begin)
+    return pairs
 
 
 def _counts(value: object) -> bool:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from optserve.server.formulas.adadelta import ADADELTA
+from optserve.server.formulas.adafactor import ADAFACTOR
+from optserve.server.formulas.adagrad import ADAGRAD
 from optserve.server.formulas.adam import ADAM
+from optserve.server.formulas.adamax import ADAMAX
 from optserve.server.formulas.adamw import ADAMW
-from optserve.server.formulas.definition import Group, Optimizer
+from optserve.server.formulas.asgd import ASGD
+from optserve.server.formulas.definition import Elementwise, Group, Optimizer, Tensorwise
+from optserve.server.formulas.lamb import LAMB
 from optserve.server.formulas.language import FormulaError
+from optserve.server.formulas.lars import LARS
+from optserve.server.formulas.muon import MUON
+from optserve.server.formulas.nadam import NADAM
+from optserve.server.formulas.radam import RADAM
+from optserve.server.formulas.rmsprop import RMSPROP
+from optserve.server.formulas.rprop import RPROP
 from optserve.server.formulas.sgd import SGD
 
-__all__ = ["OPTIMIZERS", "FormulaError", "Group", "Optimizer", "find"]
+__all__ = ["OPTIMIZERS", "Elementwise", "FormulaError", "Group", "Optimizer", "Tensorwise", "find"]
 
 OPTIMIZERS: dict[str, Optimizer] = {
+    "adadelta": ADADELTA,
+    "adafactor": ADAFACTOR,
+    "adagrad": ADAGRAD,
     "adam": ADAM,
+    "adamax": ADAMAX,
     "adamw": ADAMW,
+    "asgd": ASGD,
+    "lamb": LAMB,
+    "lars": LARS,
+    "muon": MUON,
+    "nadam": NADAM,
+    "radam": RADAM,
+    "rmsprop": RMSPROP,
+    "rprop": RPROP,
     "sgd": SGD,
 }
 

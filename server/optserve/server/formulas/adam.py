@@ -6,14 +6,14 @@
 
 Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015; AMSGrad (√v̂ of the largest v so far): Reddi et al., "On the
 Convergence of Adam and Beyond", 2018; decoupled weight decay: see adamw.py. The order of operations is that of torch's
-single-tensor loop: m as a lerp, ε outside the root. Each check also refuses NaN,
-as torch's do.
+single-tensor loop: m as a lerp, ε outside the root. Each check also refuses NaN, as torch's do.
 """
 
 from __future__ import annotations
 
 from optserve.server.formulas import checks
-from optserve.server.formulas.definition import Group, Optimizer
+from optserve.server.formulas.arithmetic import counted
+from optserve.server.formulas.definition import Carried, Elementwise, Group
 from optserve.server.formulas.language import maximum, sqrt
 
 DEFAULTS = {
@@ -30,26 +30,17 @@ DEFAULTS = {
     "decoupled_weight_decay": False,
 }
 
-_LAST_STEP = 2**24  # torch counts in float32, where adding 1 to this changes nothing
-
 
 def check(group: Group) -> None:
     """torch's checks."""
-    lr, eps, weight_decay = (checks.number(group, name) for name in ("lr", "eps", "weight_decay"))
-    betas = checks.pair(group, "betas")
+    checks.learning_rate(group)
+    checks.epsilon(group)
+    checks.betas(group)
+    checks.weight_decay(group)
+    if not all(isinstance(beta, float) for beta in group["betas"]):
+        raise ValueError("betas must be either both floats or both Tensors")
     for name in ("amsgrad", "maximize", "decoupled_weight_decay"):
         checks.flag(group, name)
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not eps >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if not all(isinstance(beta, float) for beta in betas):
-        raise ValueError("betas must be either both floats or both Tensors")
     checks.execution(group)
 
 
@@ -65,18 +56,18 @@ def options(group: Group) -> dict[str, bool]:
     }
 
 
-def scalars(group: Group, step: int) -> dict[str, float]:
+def scalars(group: Group, step: int, _: Carried) -> dict[str, float]:
     """Bias corrections in float64, from a step in float32, as torch has them."""
-    lr, weight_decay = group["lr"], group["weight_decay"]
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
     beta1, beta2 = group["betas"]
-    counted = float(min(step, _LAST_STEP))
+    t = counted(step)
     return {
-        "step_size": lr / (1 - beta1**counted),
+        "step_size": lr / (1 - beta1**t),
         "beta1": beta1,
         "one_minus_beta1": 1 - beta1,
         "beta2": beta2,
         "one_minus_beta2": 1 - beta2,
-        "root_correction": (1 - beta2**counted) ** 0.5,
+        "root_correction": (1 - beta2**t) ** 0.5,
         "eps": group["eps"],
         "weight_decay": weight_decay,
         "shrinkage": 1 - lr * weight_decay,
@@ -108,7 +99,7 @@ def adam(  # type: ignore[no-untyped-def]
     return p - step_size * m / denominator, m, v, v_max
 
 
-ADAM = Optimizer(
+ADAM = Elementwise(
     name="Adam",
     defaults=DEFAULTS,
     slot_keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),

@@ -9,10 +9,8 @@ modifies it. Deviation from torch: NaN hyperparameters are refused, torch lets t
 
 from __future__ import annotations
 
-import math
-
 from optserve.server.formulas import checks
-from optserve.server.formulas.definition import Group, Optimizer
+from optserve.server.formulas.definition import Carried, Elementwise, Group
 
 _DEFAULTS = {
     "lr": 1e-3,
@@ -29,19 +27,13 @@ _DEFAULTS = {
 
 def check(group: Group) -> None:
     """torch's checks."""
-    lr, momentum = checks.number(group, "lr"), checks.number(group, "momentum")
-    dampening, weight_decay = checks.number(group, "dampening"), checks.number(group, "weight_decay")
-    checks.flag(group, "maximize")
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not momentum >= 0.0:
-        raise ValueError(f"Invalid momentum value: {momentum}")
-    if math.isnan(dampening):
-        raise ValueError(f"Invalid dampening value: {dampening}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    if checks.flag(group, "nesterov") and (momentum <= 0 or dampening != 0):
+    checks.learning_rate(group)
+    checks.at_least_zero(group, "momentum", "Invalid momentum value: {}")
+    checks.not_nan(group, "dampening")
+    checks.weight_decay(group)
+    if checks.flag(group, "nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    checks.flag(group, "maximize")
     checks.execution(group)
 
 
@@ -56,7 +48,7 @@ def options(group: Group) -> dict[str, bool]:
     }
 
 
-def scalars(group: Group, step: int) -> dict[str, float]:
+def scalars(group: Group, step: int, _: Carried) -> dict[str, float]:
     """The first step takes the gradient as it is, dampened by nothing: torch's rule."""
     first = step == 1
     return {
@@ -87,7 +79,7 @@ def sgd(p, g, b, lr, weight_decay, momentum, kept, taken, *, maximize, decays, h
     return p - lr * g, b
 
 
-SGD = Optimizer(
+SGD = Elementwise(
     name="SGD",
     defaults=_DEFAULTS,
     slot_keys=("momentum_buffer",),

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from google.protobuf import json_format
 
+from optserve.server import schedules
 from optserve.server.formulas.definition import Optimizer
 from optserve.server.jobs import spec as specs
 from optserve.server.jobs.history import History
@@ -45,13 +46,13 @@ class Document:
         optimizer = _part("spec", lambda: specs.find_optimizer(spec.optimizer))
         if expected is not None and optimizer is not expected:
             raise errors.CheckpointMismatchError(f"the checkpoint is of {optimizer.name}, the job of {expected.name}")
-        schedule = _part("schedule", lambda: None if raw["schedule"] is None else ScheduleState.from_document(raw["schedule"]))
+        schedule = _part("schedule", lambda: None if raw["schedule"] is None else schedules.from_document(raw["schedule"]))
         groups = _part("groups", lambda: [_group(optimizer, entry, schedule is not None) for entry in raw["groups"]])
         names = _part("group_parameters", lambda: [[_text(name) for name in entry] for entry in raw["group_parameters"]])
-        if len(groups) != len(names) or (schedule is not None and len(schedule.base_lrs) != len(groups)):
-            raise errors.CheckpointMismatchError(
-                f"the checkpoint has {len(groups)} groups, parameters of {len(names)}, and a schedule of another number"
-            )
+        if len(groups) != len(names):
+            raise errors.CheckpointMismatchError(f"the checkpoint has {len(groups)} groups, and parameters of {len(names)}")
+        if schedule is not None:
+            _part("schedule", lambda: schedules.check_groups(schedule, len(groups)))
         position: dict[str, Any] = _part("position", lambda: dict(raw["position"]))
         return cls(
             spec,

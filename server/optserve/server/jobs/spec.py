@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from optserve.server.formulas import OPTIMIZERS
 from optserve.server.formulas.definition import Optimizer
+from optserve.server.schedules import GROUP_KEYS
 from optserve.v1 import jobs_pb2, types_pb2
 from optserve.wire import dtypes, errors
 from optserve.wire.chunks import MAX_MESSAGE_BYTES
+from optserve.wire.names import nearest
 from optserve.wire.values import Value, from_hyperparameters
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
@@ -69,27 +71,40 @@ def find_optimizer(name: str) -> Optimizer:
     optimizer = OPTIMIZERS.get(name.lower())
     if optimizer is None:
         known = [entry.name for entry in OPTIMIZERS.values()]
-        raise errors.UnknownOptimizerError(f"unknown optimizer {name!r}{errors.nearest(name, known)}", name=name)
+        raise errors.UnknownOptimizerError(f"unknown optimizer {name!r}{nearest(name, known)}", name=name)
     return optimizer
+
+
+def _finite(name: str, value: Value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise errors.InvalidHyperparameterError(f"{name} is {value!r}; it must be a finite number")
+
+
+def _finite_penalty(name: str, value: Value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+        raise errors.InvalidHyperparameterError(f"{name} is {value!r}; it must be a finite number of at least 0")
+
+
+EXTRAS: Mapping[str, Callable[[str, Value], None]] = {**dict.fromkeys(sorted(GROUP_KEYS), _finite), "l1": _finite_penalty}
+"""What a group may hold beside torch's own keys, with its check: what schedules write, and every optimizer's l1 penalty λ."""
 
 
 def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[str, Value]:
     """torch's keys in torch's order, the defaults overlaid by each layer in turn, and checked as torch checks them.
 
-    `initial_lr`, which a schedule sets, may stand after torch's own keys.
+    EXTRAS may stand after torch's own keys.
     """
     merged = dict(optimizer.defaults)
     for layer in layers:
         for name, value in layer.items():
-            if name not in merged and name != "initial_lr":
+            if name not in merged and name not in EXTRAS:
                 known = list(optimizer.defaults)
                 raise errors.UnknownHyperparameterError(
-                    f"{optimizer.name} has no hyperparameter {name!r}{errors.nearest(name, known)}", name=name
+                    f"{optimizer.name} has no hyperparameter {name!r}{nearest(name, known)}", name=name
                 )
             merged[name] = value
-    initial = merged.get("initial_lr", 0.0)
-    if isinstance(initial, bool) or not isinstance(initial, int | float) or not 0.0 <= initial < math.inf:
-        raise errors.InvalidHyperparameterError(f"initial_lr is {initial!r}; it must be a finite number of at least 0")
+    for name in EXTRAS.keys() & merged.keys():
+        EXTRAS[name](name, merged[name])
     try:
         optimizer.check(merged)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -100,8 +115,8 @@ def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[
 def edited(optimizer: Optimizer, group: Mapping[str, Value], changes: Mapping[str, Value]) -> dict[str, Value]:
     """A group after an edit. An lr that is not edited was given by a schedule, which as torch's may leave any finite number."""
     lr = group["lr"]
-    if "lr" not in changes and (isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr)):
-        raise errors.InvalidHyperparameterError(f"lr is {lr!r}; it must be a finite number")
+    if "lr" not in changes:
+        _finite("lr", lr)
     merged = hyperparameters(optimizer, group, {"lr": optimizer.defaults["lr"]}, changes)
     return merged if "lr" in changes else {**merged, "lr": lr}
 
@@ -115,11 +130,22 @@ def check_table(names: Sequence[str], groups: int = 1) -> None:
         )
 
 
-def declared(parameters: Sequence[types_pb2.Parameter]) -> Declared:
-    """InvalidNameError for the one name that a safetensors file cannot hold."""
+def declared(optimizer: Optimizer, parameters: Sequence[types_pb2.Parameter]) -> Declared:
+    """InvalidNameError for the one name that a safetensors file cannot hold; else as `check_parameters`."""
     if any(entry.name == "__metadata__" for entry in parameters):
         raise errors.InvalidNameError("a parameter may not be called '__metadata__': safetensors files reserve that name")
-    return [(entry.name, tuple(entry.shape), dtypes.from_wire(entry.dtype, entry.name)) for entry in parameters]
+    found = [(entry.name, tuple(entry.shape), dtypes.from_wire(entry.dtype, entry.name)) for entry in parameters]
+    check_parameters(optimizer, found)
+    return found
+
+
+def check_parameters(optimizer: Optimizer, parameters: Declared) -> None:
+    """UnsupportedParameterError, with torch's message, for a parameter that the optimizer cannot take."""
+    for name, shape, dtype in parameters:
+        try:
+            optimizer.check_parameter(name, shape, dtypes.is_complex(dtype))
+        except (ValueError, RuntimeError) as error:
+            raise errors.UnsupportedParameterError(f"parameter {name!r}: {error}", parameter=name) from error
 
 
 def _choice(value: Choice, names: Mapping[Choice, str], default: Choice, what: str) -> Choice:
@@ -161,7 +187,7 @@ def plan(spec: jobs_pb2.JobSpec) -> Plan:
     check_table([entry.name for group in spec.groups for entry in group.parameters], len(spec.groups))
     defaults = from_hyperparameters(spec.defaults)
     groups = [hyperparameters(optimizer, defaults, from_hyperparameters(group.hyperparameters)) for group in spec.groups]
-    return Plan(full, optimizer, groups, [declared(group.parameters) for group in spec.groups])
+    return Plan(full, optimizer, groups, [declared(optimizer, group.parameters) for group in spec.groups])
 
 
 def differences(found: Plan, wanted: Plan) -> list[str]:

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import RoundApplied
+from optserve.server.records import Changes, Decision, RoundApplied
 from optserve.server.rounds.decide import Vote, decide
 from optserve.server.rounds.gather import Contribution, Gather
 from optserve.server.rounds.host import JobHost
 from optserve.server.rounds.membership import describe
 from optserve.v1 import jobs_pb2
 from optserve.wire import errors
+from optserve.wire.values import Value
 
 logger = logging.getLogger("optserve.server")
 
@@ -158,13 +159,13 @@ class CurrentRound:
         self.gather.expect(tuple(ranks))
 
     def _membership_changed(self) -> None:
-        """A member came, left or was replaced: what a former one had begun is forgotten."""
+        """A member came, left or was replaced: what a former one had begun is forgotten, and of one that left half a push."""
         gather = self.gather
         if gather is None or gather.void:
             return
-        current = {member.session_id for member in self._host.job.sessions.members.values()}
         for contribution in list(gather.contributions.values()):
-            if contribution.member.session_id not in current:
+            member = self._host.job.sessions.member_of(contribution.member.session_id)
+            if member is None or (member.left and not contribution.ended):
                 self.remove(gather, contribution)
         if self._host.sync:
             self._expect()
@@ -177,31 +178,52 @@ class CurrentRound:
 
     def run(self, gather: Gather, last_rank: int) -> None:
         """Decides and applies a complete round in the thread that completed it."""
-        job = self._host.job
         pushes = [gather.contributions[rank] for rank in sorted(gather.contributions)]
-        votes = [contribution.vote() for contribution in pushes]
-        decision = decide(votes, gather.base_weight(), gather.sum_of_squares(), len(job.store.layout.places))
-        refusal = self._refusal(votes, decision.skip_reason)
-        if refusal is not None:
-            self.fail(gather, refusal)
-            return
-        record = RoundApplied(tuple(push.caller for push in pushes), decision, gather.accumulators)
-        text = f"round skipped: {decision.skip_reason}" if decision.skipped else f"step {self.number}"
+        number = self.number
         try:
-            result = self._host.commit(
-                record, "round", text, grad_norm=decision.grad_norm, ranks=list(decision.ranks), **decision.metrics
-            )
+            record = self._decided(gather, pushes)
+            result = self._host.record(record)
         except errors.OptserveError as error:
             self.fail(gather, error)
             return
         except Exception as defect:
-            logger.exception("a defect while round %d was applied", self.number)
-            self.fail(gather, errors.InternalError(f"round {self.number} could not be applied: {defect!r}"))
+            logger.exception("a defect while round %d was applied", number)
+            self.fail(gather, errors.InternalError(f"round {number} could not be applied: {defect!r}"))
             return
+        self._publish(record.decision, number)
         self.last_rank = last_rank
         self.gather = None
         for push in pushes:
             push.result = result
+
+    def _decided(self, gather: Gather, pushes: list[Contribution]) -> RoundApplied:
+        """What the round does, with the kernels and slots that it needs. Typed errors if it is not to be applied."""
+        job = self._host.job
+        votes = [contribution.vote() for contribution in pushes]
+        decision = decide(votes, gather.base_weight(), gather.sum_of_squares(), len(job.store.layout.places))
+        refusal = self._refusal(votes, decision.skip_reason)
+        if refusal is not None:
+            raise refusal
+        if decision.changes:
+            job.store.prepare(self._edited(decision.changes))
+        return RoundApplied(tuple(push.caller for push in pushes), decision, gather.accumulators)
+
+    def _edited(self, changes: Changes) -> list[dict[str, Value]]:
+        """The groups after the ranks' changes, each of which was allowed when its push began."""
+        try:
+            return self._host.job.edited(changes)
+        except errors.InputError as error:
+            raise type(error)(
+                f"round {self.number}: what its ranks changed does not go together, or not with the groups as they are now "
+                f"({error}); nothing was applied, push again without these changes",
+                **error.metadata,
+            ) from error
+
+    def _publish(self, decision: Decision, number: int) -> None:
+        for group, changes in decision.changes.items():
+            self._host.publish_edit(group, changes)
+        text = f"round skipped: {decision.skip_reason}" if decision.skipped else f"step {number}"
+        self._host.publish("round", text, grad_norm=decision.grad_norm, ranks=list(decision.ranks), **decision.metrics)
 
     def _refusal(self, votes: list[Vote], skip_reason: str) -> errors.RoundFailedError | None:
         contributed = sum(vote.contributes for vote in votes)

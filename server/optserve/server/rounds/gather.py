@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from optserve.server.backends import Backend
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import Caller, Result
+from optserve.server.records import Caller, Changes, Result
 from optserve.server.rounds.decide import Vote
 from optserve.v1 import data_pb2
 from optserve.wire import errors
@@ -53,6 +53,7 @@ class Contribution:
     ended: bool = False
     found_inf: bool = False
     folded_any: bool = False
+    changes: Changes = field(default_factory=dict)
     error: errors.OptserveError | None = None
     result: Result | None = None
 
@@ -67,7 +68,7 @@ class Contribution:
 
     def vote(self) -> Vote:
         found_inf = self.found_inf or self.kind == data_pb2.CONTRIBUTION_NONFINITE
-        return Vote(self.member.rank, self.weight, self.folds, found_inf, self.present, self.metrics)
+        return Vote(self.member.rank, self.weight, self.folds, found_inf, self.present, self.metrics, self.changes)
 
 
 class Gather:
@@ -145,6 +146,10 @@ class Gather:
 
     def sum_of_squares(self) -> float:
         """Of the aggregate, over the blocks that were sent, in their order."""
+        if self._backend.squares_at_end:
+            for array_id in {array_id for array_id, _ in self._folded}:
+                sums = self._backend.sums_of_squares(self.accumulators[array_id], self._per_block(array_id))
+                self._squares |= {(array_id, block): squares for block, squares in enumerate(sums)}
         total = 0.0
         for key in sorted(self._folded):
             total += self._squares[key] if key in self._squares else self._backend.sum_of_squares(self._block(key))
@@ -152,8 +157,11 @@ class Gather:
 
     def _block(self, key: Key) -> npt.NDArray[np.generic]:
         array_id, block = key
-        per_block = CHUNK_BYTES // self.layout.arrays[array_id].dtype.itemsize
+        per_block = self._per_block(array_id)
         return self.accumulators[array_id][block * per_block : (block + 1) * per_block]
+
+    def _per_block(self, array_id: int) -> int:
+        return CHUNK_BYTES // self.layout.arrays[array_id].dtype.itemsize
 
     def _ready(self, rank: int, key: Key) -> bool:
         for lower in self.expected:
@@ -253,10 +261,10 @@ class Gather:
             first = not self._folded.get(key)
             self._folded.setdefault(key, set()).add(contribution.member.rank)
             ratio = contribution.weight / self.base.weight
-            last = contribution.member.rank == max(self.expected, default=0)
+            measures = contribution.member.rank == max(self.expected, default=0) and not self._backend.squares_at_end
         into = self._block(key)
         self._backend.fold(into, values, ratio, first)
-        return (self._backend.sum_of_squares(into) if last else None), None  # while the block is in the cache
+        return (self._backend.sum_of_squares(into) if measures else None), None  # while the block is in the cache
 
     def _fault(self, key: Key, contribution: Contribution, values: npt.NDArray[np.generic]) -> errors.OptserveError | None:
         """Why a block must not be folded."""

@@ -1,7 +1,8 @@
-"""A job that runs: its lock, journal, events, leases and the calls on it, each applied exactly once."""
+"""A job that runs: its lock, journal, events and leases, and the calls by which sessions come, live and go."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -10,23 +11,8 @@ from typing import Any
 
 from optserve.server.jobs import Job
 from optserve.server.jobs import spec as specs
-from optserve.server.jobs.history import rolled_back
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import (
-    Caller,
-    CheckpointDeleted,
-    GroupAdded,
-    GroupUpdated,
-    Initialized,
-    Joined,
-    Left,
-    Record,
-    Restored,
-    Result,
-    ScheduleSet,
-    ScheduleStepped,
-    StateLoaded,
-)
+from optserve.server.records import Initialized, Joined, Left, Record, Result
 from optserve.server.rounds.events import EventLog
 from optserve.server.rounds.membership import Leases, admit
 from optserve.server.rounds.protocols import Journal
@@ -82,11 +68,12 @@ class JobHost:
 
     def commit(self, record: Record, kind: str, message: str, **fields: object) -> Result:
         """Logs and applies a record, publishes it and tells the waiters."""
-        result = self._record(record)
+        result = self.record(record)
         self.publish(kind, message, **fields)
         return result
 
-    def _record(self, record: Record) -> Result:
+    def record(self, record: Record) -> Result:
+        """Logs and applies a record that is no event, and tells the waiters."""
         self.journal.append(record)
         result = self.job.apply(record)
         self.changed.notify_all()
@@ -96,6 +83,10 @@ class JobHost:
         self.events.publish(kind, self.job.position, message, {name: str(value) for name, value in fields.items()})
         level = logging.DEBUG if kind == "round" else logging.INFO
         logger.log(level, "job %s version %d: %s", self.job.name or self.job.job_id, self.job.position.version, message)
+
+    def publish_edit(self, group: int, changes: Mapping[str, Value]) -> None:
+        text = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        self.publish("group", f"group {group}: {text}", group=group)
 
     def hold(self, session_id: str) -> Hold:
         """The weights for a member to read in place: the next update waits for it. Dropping the member ends it."""
@@ -122,7 +113,12 @@ class JobHost:
             self.leases.renew(session_id, self.clock())
             return True
 
-    def _await_readers(self) -> None:
+    @property
+    def is_read(self) -> bool:
+        """Whether a member reads the weights in place."""
+        return bool(self._holds)
+
+    def await_readers(self) -> None:
         """Before an edit that changes arrays: lets members that read in place finish, with the lock let go."""
 
         def unread() -> bool:
@@ -158,15 +154,6 @@ class JobHost:
                 raise late
             self.changed.wait(min(left, POLL_SECONDS))
         self.check_open()
-
-    def _admit_call(self, caller: Caller, seen: tuple[str, int]) -> Result | None:
-        self.check_initialized()
-        if caller.epoch or self.job.sessions.is_worker(caller.session_id):
-            self.job.sessions.check_member(caller.session_id, caller.epoch)
-        repeated = self.job.sessions.repeated(caller)
-        if repeated is None:
-            self.job.check_seen(*seen)
-        return repeated
 
     # Calls --------------------------------------------------------------------------------------------------------------------
 
@@ -290,68 +277,6 @@ class JobHost:
                 self.leases.shorten(session_id, self.clock())
                 self.changed.notify_all()
 
-    def update_group(self, caller: Caller, seen: tuple[str, int], group: int, changes: Mapping[str, Value]) -> Result:
-        with self.changed:
-            self._await_readers()
-            repeated = self._admit_call(caller, seen)
-            if repeated:
-                return repeated
-            merged = self.job.checked_update(group, changes)
-            groups = [merged if index == group else entry for index, entry in enumerate(self.job.groups)]
-            self.job.store.prepare(groups)
-            text = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-            return self.commit(GroupUpdated(caller, group, merged), "group", f"group {group}: {text}", group=group)
-
-    def add_group(self, caller: Caller, seen: tuple[str, int], record: GroupAdded) -> Result:
-        with self.changed:
-            self._await_readers()
-            repeated = self._admit_call(caller, seen)
-            if repeated:
-                return repeated
-            declared = [(name, array.shape, array.dtype) for name, array in record.parameters]
-            layout = self.job.store.layout.extended(len(self.job.groups), declared)
-            specs.check_table([place.name for place in layout.places], len(self.job.groups) + 1)
-            result = self.commit(record, "group", f"group {len(self.job.groups)} added with {len(declared)} parameters")
-            self.job.store.prepare(self.job.groups)
-            return result
-
-    def set_schedule(self, caller: Caller, seen: tuple[str, int], record: ScheduleSet) -> Result:
-        with self.changed:
-            repeated = self._admit_call(caller, seen)
-            if repeated:
-                return repeated
-            self.job.checked_schedule(record.name, record.arguments)
-            return self.commit(record, "schedule", f"schedule {record.name or 'removed'}", name=record.name)
-
-    def step_schedule(self, caller: Caller, seen: tuple[str, int], count: int, metric: float | None) -> Result:
-        with self.changed:
-            repeated = self._admit_call(caller, seen)
-            if repeated:
-                return repeated
-            self.job.checked_step(count, metric)
-            record = ScheduleStepped(caller, count, metric)
-            if 0 < count <= self.job.schedule_steps:  # another rank was first: only the caller's result is new
-                return self._record(record)
-            return self.commit(record, "schedule", "schedule stepped", count=count)
-
-    def load_state(self, caller: Caller, seen: tuple[str, int], record: StateLoaded) -> Result:
-        with self.changed:
-            self._await_readers()
-            repeated = self._admit_call(caller, seen)
-            if repeated:
-                return repeated
-            self.job.checked_state(record)
-            return self.commit(record, "state", "state_dict loaded")
-
-    def delete_checkpoint(self, caller: Caller, seen: tuple[str, int], name: str, delete: Callable[[], None]) -> Result:
-        """Calls `delete` once, whatever is repeated."""
-        with self.changed:
-            repeated = self._admit_call(caller, seen)
-            if repeated:
-                return repeated
-            delete()
-            return self.commit(CheckpointDeleted(caller, name), "checkpoint", f"checkpoint {name!r} deleted", name=name)
-
     def announce(self, kind: str, message: str, **fields: object) -> None:
         """Publishes what happened beside the job's records."""
         with self.changed:
@@ -369,25 +294,4 @@ class JobHost:
             if not self.job.initialized:
                 raise errors.JobNotInitializedError(f"job {self.job.name!r} has no initial values yet")
             tensors = self.job.store.export()
-            return self.job.to_document(tensors.steps), tensors
-
-    def restore(self, caller: Caller, seen: tuple[str, int], name: str, read: Callable[[], Restored]) -> Result:
-        """Puts the job where a checkpoint stands; a round that gathers ends with RolledBackError."""
-        with self.changed:
-            repeated = self._admit_call(caller, seen)
-        if repeated:
-            return repeated
-        record = read()  # long: workers go on meanwhile
-        with self.changed:
-            self._await_readers()
-            repeated = self._admit_call(caller, seen)
-            if repeated:
-                return repeated
-            self.job.checked_restore(record)
-            before = self.job.position.version
-            result = self.commit(record, "restored", f"restored checkpoint {name!r}", name=name)
-            self.job.store.prepare(self.job.groups)
-            now, steps = self.job.position, self.job.schedule_steps
-            why = f"checkpoint {name!r} was restored: the job went from version {before} back to {now.version}"
-            self.on_reset(rolled_back(why, before, now.version, now, schedule_steps=steps))
-            return result
+            return copy.deepcopy(self.job.to_document(tensors.steps)), tensors  # it is written without the lock

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import Caller, Result
+from optserve.server.records import Caller, Changes, Result
 from optserve.server.rounds.current import CurrentRound
 from optserve.server.rounds.gather import Contribution, Gather, nonfinite
 from optserve.server.rounds.host import POLL_SECONDS, Alive, JobHost
@@ -38,6 +38,7 @@ class Push:
     absent: frozenset[int]
     metrics: Mapping[str, float]
     nonfinite: tuple[int, ...] = ()
+    changes: Changes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,18 +95,19 @@ class Pushes:
         host = self._host
         with host.changed:
             ticket = Ticket(push, host.clock())
-            member = self._check(push)
-            ticket.stored = host.job.sessions.repeated(push.caller)
+            member, ticket.stored = self._admit(push)
             if ticket.stored is not None:
                 return ticket
-            host.job.check_seen(*push.seen)
             host.leases.renew(member.session_id, ticket.began_at)
             if push.kind == data_pb2.CONTRIBUTION_NONFINITE and not self._round.skips_nonfinite:
                 names = [repr(place.name) for place in host.job.store.layout.places if place.index in push.nonfinite]
                 raise nonfinite(member, names)
             if not host.sync:
                 self._await_turn(ticket, alive)
-            gather = self._enter(ticket, self._check(push))
+                member, ticket.stored = self._admit(push)  # from an earlier stream it may have been applied meanwhile
+                if ticket.stored is not None:
+                    return ticket
+            gather = self._enter(ticket, member)
         gather.pump()
         return ticket
 
@@ -153,6 +155,14 @@ class Pushes:
             if contribution is not None and gather is not None and not ticket.attached and not contribution.ended:
                 self._round.remove(gather, contribution)
 
+    def _admit(self, push: Push) -> tuple[Member, Result | None]:
+        """Whose push it is, and its stored result if it was applied before. Typed errors if it may not be applied now."""
+        member = self._check(push)
+        stored = self._host.job.sessions.repeated(push.caller)
+        if stored is None:
+            self._host.job.check_seen(*push.seen)
+        return member, stored
+
     def _check(self, push: Push) -> Member:
         self._host.check_initialized()
         return self._host.job.sessions.check_member(push.caller.session_id, push.caller.epoch)
@@ -170,6 +180,7 @@ class Pushes:
         count = len(layout.places)
         if push.parameter_count > count:
             raise errors.UnknownParameterError(f"the push announces {push.parameter_count} parameters; the job has {count}")
+        self._host.job.edited(push.changes)  # what is wrong with them is the sender's error, and not the round's
         present = [index for index in range(push.parameter_count) if index not in push.absent]
         touched = layout.blocks_of(present) if push.kind == data_pb2.CONTRIBUTION_GRADIENT else {}
         contribution = Contribution(
@@ -182,6 +193,7 @@ class Pushes:
             {key: Coverage(f"array {key}", layout.arrays[key].nbytes, found) for key, found in touched.items()},
             frozenset((array_id, block) for array_id, found in touched.items() for block in found),
             self._host.clock(),
+            changes=push.changes,
         )
         self._round.add(gather, contribution)
         ticket.gather, ticket.contribution = gather, contribution

@@ -13,6 +13,7 @@ from optserve.server.backends import Backend
 from optserve.server.jobs import Job
 from optserve.server.jobs import spec as specs
 from optserve.server.records import new_id
+from optserve.server.rounds.administration import Administration
 from optserve.server.rounds.host import Clock, JobHost
 from optserve.server.rounds.protocols import Journal
 from optserve.server.rounds.pushes import Pushes
@@ -28,13 +29,15 @@ _DELETED_KEPT = 4096
 
 @dataclass
 class Running:
-    """A job with its host and its pushes."""
+    """A job with its host, its pushes and the edits of it."""
 
     host: JobHost
     pushes: Pushes = field(init=False)
+    administration: Administration = field(init=False)
 
     def __post_init__(self) -> None:
         self.pushes = Pushes(self.host)
+        self.administration = Administration(self.host)
 
     @property
     def job(self) -> Job:

@@ -1,118 +1,108 @@
-"""A job's schedule: made, stepped, extended by a group, saved."""
+"""A job's schedule: made, stepped, extended by a group."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from optserve.server.schedules.arguments import MOST_EPOCHS, epoch, number
-from optserve.server.schedules.table import Call, Position, Values, checked_arguments, find
-from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError, InvalidStateDictError, UnknownScheduleError
-from optserve.wire.values import Value
+from optserve.server.schedules.arguments import MOST_MILESTONES
+from optserve.server.schedules.definition import Functions, ScheduleState, Values, Walk
+from optserve.server.schedules.table import unbegun
+from optserve.wire.arguments import Factors
+from optserve.wire.errors import InputError, InvalidArgumentError, MissingFunctionError
 
+Groups = Sequence[Mapping[str, Any]]
 
-@dataclass(frozen=True)
-class ScheduleState:
-    """A schedule of a job and where it stands. `own` is what a schedule keeps besides, as JSON; empty for most."""
-
-    name: str
-    arguments: dict[str, Value]
-    last_epoch: int
-    base_lrs: tuple[float, ...]
-    own: dict[str, Any] = field(default_factory=dict)
-
-    def to_document(self) -> dict[str, Any]:
-        """As JSON; floats survive bit for bit."""
-        arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in self.arguments.items()}
-        position = {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs)}
-        return {"name": self.name, "arguments": arguments, **position, "own": self.own}
-
-    @classmethod
-    def from_document(cls, document: object) -> ScheduleState:
-        """The inverse; the document may come from a stranger. InvalidStateDictError if it is not one."""
-        try:
-            name, arguments, last_epoch, base_lrs, own = (
-                document[key]  # type: ignore[index]
-                for key in ("name", "arguments", "last_epoch", "base_lrs", "own")
-            )
-            schedule = find(name)
-            if not isinstance(arguments, dict) or not isinstance(own, dict):
-                raise TypeError("a field has another type than it must have")
-            checked = checked_arguments(schedule, arguments)
-            rates = tuple(number("base_lrs", rate) for rate in base_lrs)
-            return cls(schedule.name, checked, epoch(last_epoch, 2 * MOST_EPOCHS), rates, own)
-        except (UnknownScheduleError, InvalidHyperparameterError, KeyError, TypeError) as error:
-            raise InvalidStateDictError(f"the state of the schedule cannot be used: {error}") from error
+_MOST_RATES = 1 << 13
+"""Of a schedule, over all schedules in it: a message and a stored result have room for what it keeps of each."""
 
 
 def create(
-    name: str, arguments: Mapping[str, Value], groups: Sequence[Mapping[str, Any]]
+    name: str, arguments: Mapping[str, Any], groups: Groups, factors: Sequence[Factors] = (), setting: str = ""
 ) -> tuple[ScheduleState, list[Values]]:
-    """What constructing torch's scheduler does: the state, and what changes in each group (`initial_lr`, sometimes `lr`).
+    """What constructing torch's scheduler does: the state, and what changes in each group (`initial_lr`, often `lr`, ...).
 
-    UnknownScheduleError for a name or argument that does not exist, InvalidHyperparameterError for a value.
+    UnknownScheduleError for a name or argument that does not exist, InvalidHyperparameterError for a value;
+    MissingFunctionError if it calls functions, and `factors` are not what it calls.
     """
-    schedule = find(name)
-    given = dict(arguments)
-    last_epoch = epoch(given.pop("last_epoch", -1))
-    for index, group in enumerate(groups):
-        if last_epoch != -1 and "initial_lr" not in group:
-            raise InvalidHyperparameterError(
-                f"param 'initial_lr' is not specified in param_groups[{index}] when resuming scheduler with last_epoch >= 0."
-            )
-    base_lrs = tuple(_base_lr(group) for group in groups)
-    state = ScheduleState(schedule.name, checked_arguments(schedule, given), last_epoch, base_lrs)
-    state, edits = _advance(state, groups, None, initial=True)
-    for group, edit in zip(groups, edits, strict=True):
-        if "initial_lr" not in group:
-            edit["initial_lr"] = group["lr"]
-    return state, edits
+    state = unbegun(name, arguments)
+    check_size(state, len(groups))
+    walk = _walk(state, groups, None, factors)
+    state = replace(state.schedule.begin(state, walk, 0), setting=setting)
+    _check_answered(state, walk, f'set_lr_schedule("{state.name}", ...)', True)
+    return state, _changed(walk, groups)
 
 
 def step(
-    state: ScheduleState, groups: Sequence[Mapping[str, Any]], metric: float | None = None
+    state: ScheduleState, groups: Groups, metric: float | None = None, factors: Sequence[Factors] = (), setting: str = ""
 ) -> tuple[ScheduleState, list[Values]]:
     """What one `.step()` does: the new state, and what changes in each group.
 
-    InvalidArgumentError if the groups are not as many as the schedule knows, or for a metric that it does not take.
+    InvalidArgumentError if the groups are not as many as the schedule knows, or for a metric that it does not take or lacks;
+    MissingFunctionError if it calls functions, and `factors` are not what it calls, or those of another `setting`.
     """
-    if metric is not None:
+    if metric is not None and not state.schedule.takes_metric:
         raise InvalidArgumentError(f"{state.name} takes no metric; found {metric!r}")
-    return _advance(state, groups, metric, initial=False)
+    walk = _walk(state, groups, metric, factors)
+    stepped = state.schedule.advance(state, walk, 0)
+    _check_answered(state, walk, "step_schedule(...)", setting == state.setting)
+    return stepped, _changed(walk, groups)
 
 
-def extend(state: ScheduleState, group: Mapping[str, Any]) -> tuple[ScheduleState, Values]:
-    """The state when `group` is added in mid-run, and what changes in it: nothing, as in torch.
+def awaited(state: ScheduleState, groups: Groups) -> list[int]:
+    """The epochs at which the next step will call functions, by the schedules that have some; NOT_CALLED: it will not."""
+    walk = _walk(state, groups)
+    if state.functions:
+        with suppress(InputError):  # the step itself will say so
+            state.schedule.advance(state, walk, 0)
+    return walk.functions.asked
 
-    Its rate is then stepped from where it stands. Its base rate is its `initial_lr`, else its `lr` now (torch keeps none).
+
+def extend(state: ScheduleState, group: Mapping[str, Any], groups: int) -> tuple[ScheduleState, Values]:
+    """The state when `group` is added to `groups` others in mid-run, and what changes in it: its rate does not.
+
+    That is then stepped from where it stands. Its base rate is its `initial_lr`, else its `lr` now (torch keeps none).
+    InvalidArgumentError if the schedule has a value for each group, and none for another.
     """
-    return replace(state, base_lrs=(*state.base_lrs, _base_lr(group))), {}
+    check_size(state, groups + 1)
+    return state.schedule.extend(state, group)
 
 
-def _base_lr(group: Mapping[str, Any]) -> float:
-    return number("initial_lr", group.get("initial_lr", group["lr"]))
+def check_size(state: ScheduleState, groups: int) -> None:
+    """InvalidArgumentError if there is more to keep than can be sent."""
+    if state.milestones > MOST_MILESTONES:
+        raise InvalidArgumentError(f"{state.name} has {state.milestones} milestones; there may be {MOST_MILESTONES}")
+    if state.singles * groups > _MOST_RATES:
+        raise InvalidArgumentError(
+            f"{state.singles} schedules of {groups} param groups are more than a message can describe; "
+            f"schedules times groups may be {_MOST_RATES}"
+        )
 
 
-def _advance(
-    state: ScheduleState, groups: Sequence[Mapping[str, Any]], metric: float | None, *, initial: bool
-) -> tuple[ScheduleState, list[Values]]:
-    if len(groups) != len(state.base_lrs):
-        raise InvalidArgumentError(f"{state.name} knows {len(state.base_lrs)} param groups; there are {len(groups)}")
-    at = Position(state.last_epoch + 1, initial)
-    try:
-        values, own = find(state.name).rule(Call(at, groups, state.base_lrs, state.own, state.arguments, metric))
-    except ArithmeticError as error:
-        raise InvalidHyperparameterError(f"{state.name} cannot be stepped to last_epoch {at.last_epoch}: {error}") from error
-    for index, edit in enumerate(values):
-        for key, value in edit.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InvalidHyperparameterError(
-                    f"{state.name} would set {key} of param group {index} to {value} at epoch {at.last_epoch}; nothing changed"
-                )
-    changed = [
-        {key: value for key, value in edit.items() if repr(value) != repr(group.get(key))}  # repr: -0.0 is not 0.0
-        for group, edit in zip(groups, values, strict=True)
+def _walk(state: ScheduleState, groups: Groups, metric: float | None = None, factors: Sequence[Factors] = ()) -> Walk:
+    return Walk([dict(group) for group in groups], Functions(factors, state.functions), metric)
+
+
+def _check_answered(state: ScheduleState, walk: Walk, call: str, are_its_own: bool) -> None:
+    asked = walk.functions.asked
+    if walk.functions.answered and (are_its_own or not asked):
+        return
+    if not asked:
+        raise InvalidArgumentError(f"{state.name} calls no functions; the factors of {len(walk.functions.given)} came")
+    called = ", ".join(str(epoch) for epoch in asked if epoch >= 0)
+    raise MissingFunctionError(
+        f"{state.name} calls lr_lambda at epoch {called}, and {call} brings no factors for that; functions stay with the "
+        "client: pass lr_lambda=f, or a list of one a group; a list of those if several schedules in it call functions",
+        awaited=",".join(map(str, asked)),
+        setting=state.setting,
+    )
+
+
+def _changed(walk: Walk, groups: Groups) -> list[Values]:
+    """What differs from the groups before."""
+    return [
+        {key: value for key, value in now.items() if key not in before or repr(value) != repr(before[key])}
+        for now, before in zip(walk.groups, groups, strict=True)  # repr: -0.0 is not 0.0
     ]
-    return replace(state, last_epoch=at.last_epoch, own=own), changed

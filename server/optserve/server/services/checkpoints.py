@@ -51,13 +51,13 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
     def RestoreCheckpoint(
         self, request: checkpoints_pb2.RestoreCheckpointRequest, context: CallContext
     ) -> checkpoints_pb2.RestoreCheckpointResponse:
-        host = self._host(request.call.job_id)
+        running = self._registry.find(request.call.job_id)
         caller, seen = decode.caller(request.call, decode.fingerprint(request))
 
         def read() -> Restored:
-            return self._archive.restored(host.job.job_id, request.name, caller, new_id())
+            return self._archive.restored(running.job.job_id, request.name, caller, new_id())
 
-        result = host.restore(caller, seen, request.name, read)
+        result = running.administration.restore(caller, seen, request.name, read)
         return checkpoints_pb2.RestoreCheckpointResponse(position=encode.position(result))
 
     def DownloadCheckpoint(
@@ -77,11 +77,11 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
     def DeleteCheckpoint(
         self, request: checkpoints_pb2.DeleteCheckpointRequest, context: CallContext
     ) -> checkpoints_pb2.DeleteCheckpointResponse:
-        host = self._host(request.call.job_id)
+        running = self._registry.find(request.call.job_id)
         caller, seen = decode.caller(request.call, decode.fingerprint(request))
 
         def delete() -> None:
-            self._archive.checkpoints.delete(host.job.job_id, request.name)
+            self._archive.checkpoints.delete(running.job.job_id, request.name)
 
-        result = host.delete_checkpoint(caller, seen, request.name, delete)
+        result = running.administration.delete_checkpoint(caller, seen, request.name, delete)
         return checkpoints_pb2.DeleteCheckpointResponse(position=encode.position(result))

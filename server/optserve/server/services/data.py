@@ -98,7 +98,7 @@ class DataService(data_pb2_grpc.DataServiceServicer):
             pass
         if isinstance(outcome, Resend):
             raise errors.RoundFailedError(f"round {outcome.round}: a member was lost half-way and the sum is void; push again")
-        return data_pb2.PushResponse(result=encode.push_result(begin.call.seq, outcome))
+        return data_pb2.PushResponse(result=encode.push_result(running.host, begin, outcome))
 
     def Pull(self, request: data_pb2.PullRequest, context: CallContext) -> Iterator[data_pb2.PullResponse | Chunk]:
         host = self._registry.find(request.job_id).host
@@ -156,7 +156,7 @@ class _WorkerStream:
                 if not isinstance(item, Chunk) and content == "push":
                     yield from self._push(item.push, found)
                 elif not isinstance(item, Chunk) and content == "pull":
-                    yield from self._weights(item.pull.inline_weights_bytes)
+                    yield from self._weights(item.pull)
                 else:
                     raise errors.ProtocolViolationError(f"a stream may not go on with {content!r}; push or pull is next")
             except _ENDING as error:
@@ -192,10 +192,11 @@ class _WorkerStream:
         yield from self._applied(begin, outcome)
 
     def _applied(self, begin: data_pb2.PushBegin, outcome: Done) -> Iterator[Answer]:
-        result = encode.push_result(begin.call.seq, outcome)
+        result = encode.push_result(self._running.host, begin, outcome)
+        pull = data_pb2.PullWeights(inline_weights_bytes=begin.inline_weights_bytes, seen=result.position)
         failure: errors.OptserveError | None = None
         try:
-            small = self._small_weights(begin.inline_weights_bytes) if begin.want_weights else None
+            small = self._small_weights(pull) if begin.want_weights else None
             if small is not None:
                 result.weights.CopyFrom(small)
         except errors.OptserveError as error:
@@ -204,36 +205,43 @@ class _WorkerStream:
         if failure is not None:
             raise failure
         if begin.want_weights and not result.HasField("weights"):
-            yield from self._weights(0)
+            yield from self._weights(pull)
 
-    def _small_weights(self, limit: int) -> data_pb2.WeightsBegin | None:
+    def _weights_begin(self, pull: data_pb2.PullWeights) -> data_pb2.WeightsBegin:
+        """Of the weights as they are. With the job's lock held. Typed errors if this worker may not have them."""
+        host = self._running.host
+        host.check_seen(decode.seen(pull.seen))
+        self._member()
+        return data_pb2.WeightsBegin(
+            position=host.job.position.to_proto(),
+            layout_version=host.job.store.layout.version,
+            changed_groups=encode.changed_groups(host, pull),
+        )
+
+    def _small_weights(self, pull: data_pb2.PullWeights) -> data_pb2.WeightsBegin | None:
         """The weights in one message, if they have at most so many bytes."""
         host = self._running.host
         with host.changed:
-            host.check_initialized()
-            self._member()
-            store, layout = host.job.store, host.job.store.layout
-            if layout.nbytes > min(limit, INLINE_BYTES):
+            begin = self._weights_begin(pull)
+            if host.job.store.layout.nbytes > min(pull.inline_weights_bytes, INLINE_BYTES):
                 return None
-            arrays, position = store.snapshot(), host.job.position
+            arrays = host.job.store.snapshot()
         chunks = (chunk for array_id, array in arrays.items() for chunk in array_chunks(array_id, _bytes(array)))
-        return data_pb2.WeightsBegin(position=position.to_proto(), layout_version=layout.version, inline=to_inline(chunks))
+        begin.inline.CopyFrom(to_inline(chunks))
+        return begin
 
-    def _weights(self, inline_bytes: int) -> Iterator[Answer]:
+    def _weights(self, pull: data_pb2.PullWeights) -> Iterator[Answer]:
         """One whole version: in `sync` read in place, since no step can come before this worker pushes; else from a copy."""
-        small = self._small_weights(inline_bytes)
+        small = self._small_weights(pull)
         if small is not None:
             yield data_pb2.StreamResponse(weights=small)
             return
         host = self._running.host
         with host.changed:
-            host.check_initialized()
-            self._member()
-            store, position, layout = host.job.store, host.job.position, host.job.store.layout
+            begin = self._weights_begin(pull)
             self._hold = host.hold(self._opening.session_id) if host.sync else None
-            arrays = self._hold.arrays if self._hold else store.snapshot()
+            arrays = self._hold.arrays if self._hold else host.job.store.snapshot()
         try:
-            begin = data_pb2.WeightsBegin(position=position.to_proto(), layout_version=layout.version)
             yield data_pb2.StreamResponse(weights=begin)
             for array_id, array in arrays.items():
                 yield from array_chunks(array_id, _bytes(array))

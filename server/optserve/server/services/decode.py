@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import uuid
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from optserve.server.records import Caller
 from optserve.server.rounds.pushes import Push
-from optserve.v1 import data_pb2, types_pb2
+from optserve.v1 import data_pb2, optimizer_pb2, types_pb2
 from optserve.wire import bundle, errors
+from optserve.wire.arguments import MOST_SCHEDULES, Factors
 from optserve.wire.chunks import Chunk, parse
+from optserve.wire.values import Value, from_hyperparameters
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 Seen = tuple[str, int]
@@ -47,10 +50,11 @@ def caller(call: types_pb2.CallIdentity, fingerprint: str) -> tuple[Caller, Seen
 
 
 def fingerprint(request: Message, *more: bytes) -> str:
-    """Of a request's content without the identity."""
+    """Of a request's content, without the identity and what the caller was told."""
     content = type(request)()
     content.CopyFrom(request)
-    content.ClearField("call")
+    for name in {"call", "groups_version"}.intersection(content.DESCRIPTOR.fields_by_name):
+        content.ClearField(name)
     digest = hashlib.blake2b(content.SerializeToString(deterministic=True), digest_size=16)
     for part in more:
         digest.update(part)
@@ -71,12 +75,41 @@ def push(begin: data_pb2.PushBegin) -> Push:
     beyond = [index for index in begin.absent if index >= begin.parameter_count]
     if beyond:
         raise errors.UnknownParameterError(f"parameter {beyond[0]} is absent, but only {begin.parameter_count} are announced")
-    content = (begin.contribution, begin.weight, begin.parameter_count, tuple(begin.absent), begin.content_fingerprint)
+    changes = _changes(begin.changes)
+    content = (begin.contribution, begin.weight, begin.parameter_count, tuple(begin.absent), begin.content_fingerprint, changes)
     identity, saw = caller(begin.call, repr(content))
     weight = begin.weight if gradient else 0.0
     absent = frozenset(begin.absent)
     metrics, found = dict(begin.metrics), tuple(begin.nonfinite)
-    return Push(identity, saw, begin.contribution, weight, begin.parameter_count, absent, metrics, found)
+    return Push(identity, saw, begin.contribution, weight, begin.parameter_count, absent, metrics, found, changes)
+
+
+def _changes(entries: Iterable[types_pb2.GroupChange]) -> dict[int, dict[str, Value]]:
+    changes: dict[int, dict[str, Value]] = {}
+    for entry in entries:
+        if entry.group in changes:
+            raise errors.InvalidArgumentError(f"group {entry.group} is changed twice in one push")
+        changes[entry.group] = from_hyperparameters(entry.hyperparameters)
+    return changes
+
+
+def factors(entries: Iterable[optimizer_pb2.Factors]) -> tuple[Factors, ...]:
+    """What functions gave. InvalidArgumentError for more than schedules may have."""
+    found = tuple(Factors.from_proto(entry) for entry in entries)
+    if len(found) > MOST_SCHEDULES:
+        raise errors.InvalidArgumentError(f"factors of {len(found)} schedules came; a schedule has at most {MOST_SCHEDULES}")
+    return found
+
+
+def schedule_state(text: str) -> dict[str, Any]:
+    """A schedule's state_dict. InvalidStateDictError if it is no JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise errors.InvalidStateDictError(f"the schedule's state_dict is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise errors.InvalidStateDictError(f"the schedule's state_dict is a JSON {type(found).__name__}; it must be an object")
+    return found
 
 
 def items(kind: type[AnyMessage], requests: Iterable[bytes | AnyMessage | Chunk]) -> Iterator[AnyMessage | Chunk]:

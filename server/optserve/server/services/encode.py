@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from optserve.server import schedules
 from optserve.server.durability.checkpoints import Info
+from optserve.server.jobs import Job
 from optserve.server.records import Position, Result
 from optserve.server.rounds.host import JobHost
 from optserve.server.rounds.pushes import Done, Waiting
-from optserve.server.schedules import ScheduleState
 from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, types_pb2
+from optserve.wire.arguments import to_arguments
 from optserve.wire.values import to_hyperparameters
 
 
 def groups(host: JobHost, with_names: bool = True) -> list[types_pb2.Group]:
     """The groups with the hyperparameters of now. With the job's lock held."""
-    return [
-        types_pb2.Group(hyperparameters=to_hyperparameters(group), parameters=host.job.group_names(index) if with_names else [])
-        for index, group in enumerate(host.job.groups)
-    ]
+    return [group(host.job, index, with_names) for index in range(len(host.job.groups))]
+
+
+def group(job: Job, index: int, with_names: bool) -> types_pb2.Group:
+    names = job.group_names(index) if with_names else []
+    return types_pb2.Group(hyperparameters=to_hyperparameters(job.groups[index]), parameters=names)
+
+
+def changed_groups(
+    host: JobHost, request: data_pb2.PushBegin | data_pb2.PullWeights | optimizer_pb2.StepScheduleRequest
+) -> types_pb2.ChangedGroups | None:
+    """What the caller has not been told of the groups as they are now; None if that is nothing, or if it does not ask."""
+    if not request.HasField("groups_version"):
+        return None
+    seen = request.seen if isinstance(request, data_pb2.PullWeights) else request.call.seen
+    with host.changed:
+        job = host.job
+        changed = job.groups_since(seen.lineage_id, request.groups_version)
+        if not changed:
+            return None
+        return types_pb2.ChangedGroups(
+            position=job.position.to_proto(), groups={index: group(job, index, is_new) for index, is_new in changed.items()}
+        )
 
 
 def job_info(host: JobHost, with_layout: bool = True) -> jobs_pb2.JobInfo:
@@ -61,15 +83,22 @@ def schedule(document: Mapping[str, Any]) -> optimizer_pb2.Schedule:
     rates = document["learning_rates"]
     if document["schedule"] is None:
         return optimizer_pb2.Schedule(learning_rates=rates)
-    state = ScheduleState.from_document(document["schedule"])
-    arguments = to_hyperparameters(state.arguments)
-    return optimizer_pb2.Schedule(name=state.name, arguments=arguments, last_epoch=state.last_epoch, learning_rates=rates)
+    state = schedules.from_document(document["schedule"])
+    return optimizer_pb2.Schedule(
+        name=state.name,
+        arguments=to_arguments(schedules.described(state)),
+        last_epoch=state.last_epoch,
+        learning_rates=rates,
+        awaited=document["awaited"],
+        setting=state.setting,
+        state=json.dumps(document["schedule"]["state"]),
+    )
 
 
-def push_result(seq: int, done: Done) -> data_pb2.PushResult:
+def push_result(host: JobHost, begin: data_pb2.PushBegin, done: Done) -> data_pb2.PushResult:
     value = done.result.value
     return data_pb2.PushResult(
-        seq=seq,
+        seq=begin.call.seq,
         position=done.result.position.to_proto(),
         learning_rates=value["learning_rates"],
         grad_norm=value["grad_norm"],
@@ -78,6 +107,7 @@ def push_result(seq: int, done: Done) -> data_pb2.PushResult:
         ranks=value["ranks"],
         waited_for_rank=done.waited_for,
         waited_seconds=done.waited_seconds,
+        changed_groups=changed_groups(host, begin),
     )
 
 

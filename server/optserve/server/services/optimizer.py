@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optserve.server.jobs import spec as specs
-from optserve.server.records import GroupAdded, ScheduleSet
+from optserve.server.records import GroupAdded, ScheduleLoaded, ScheduleSet, ScheduleStepped
 from optserve.server.rounds.registry import Registry
 from optserve.server.services import decode, encode
 from optserve.server.services.context import CallContext
 from optserve.v1 import optimizer_pb2, optimizer_pb2_grpc
 from optserve.wire import errors
+from optserve.wire.arguments import from_arguments
 from optserve.wire.chunks import Chunk
 from optserve.wire.values import from_hyperparameters
 
@@ -31,8 +32,8 @@ class OptimizerService(optimizer_pb2_grpc.OptimizerServiceServicer):
     def AddGroup(self, requests: Iterable[AddGroupItem], context: CallContext) -> optimizer_pb2.AddGroupResponse:
         found = decode.items(optimizer_pb2.AddGroupRequest, requests)
         begin = decode.first(optimizer_pb2.AddGroupRequest, found, "begin").begin
-        host = self._registry.find(begin.call.job_id).host
-        declared = specs.declared(begin.group.parameters)
+        running = self._registry.find(begin.call.job_id)
+        declared = specs.declared(running.job.plan.optimizer, begin.group.parameters)
         tensors = decode.received(begin.entries, begin.bundle_bytes, _bundle_limit(declared), decode.chunks(found))
         values = {name: array for name, slot, array in tensors if not slot}
         parameters = []
@@ -45,34 +46,50 @@ class OptimizerService(optimizer_pb2_grpc.OptimizerServiceServicer):
                 raise errors.DtypeMismatchError(f"the values of {name!r} have dtype {values[name].dtype}; {dtype} was declared")
             parameters.append((name, values[name]))
         caller, seen = decode.caller(begin.call, decode.fingerprint(begin, *(value.tobytes() for _, value in parameters)))
-        plan = host.job.plan
+        plan = running.job.plan
         group = specs.hyperparameters(
             plan.optimizer, from_hyperparameters(plan.spec.defaults), from_hyperparameters(begin.group.hyperparameters)
         )
-        result = host.add_group(caller, seen, GroupAdded(caller, group, parameters))
-        return optimizer_pb2.AddGroupResponse(position=encode.position(result), layout=host.job.store.layout.to_proto())
+        result = running.administration.add_group(caller, seen, GroupAdded(caller, group, parameters))
+        return optimizer_pb2.AddGroupResponse(position=encode.position(result), layout=running.job.store.layout.to_proto())
 
     def UpdateGroup(self, request: optimizer_pb2.UpdateGroupRequest, context: CallContext) -> optimizer_pb2.UpdateGroupResponse:
-        host = self._registry.find(request.call.job_id).host
+        administration = self._registry.find(request.call.job_id).administration
         caller, seen = decode.caller(request.call, decode.fingerprint(request))
-        result = host.update_group(caller, seen, request.group, from_hyperparameters(request.hyperparameters))
+        result = administration.update_group(caller, seen, request.group, from_hyperparameters(request.hyperparameters))
         return optimizer_pb2.UpdateGroupResponse(position=encode.position(result))
 
     def SetSchedule(self, request: optimizer_pb2.SetScheduleRequest, context: CallContext) -> optimizer_pb2.SetScheduleResponse:
-        host = self._registry.find(request.call.job_id).host
+        administration = self._registry.find(request.call.job_id).administration
         caller, seen = decode.caller(request.call, decode.fingerprint(request))
-        record = ScheduleSet(caller, request.name, from_hyperparameters(request.arguments))
-        result = host.set_schedule(caller, seen, record)
+        arguments = from_arguments(request.arguments)
+        record = ScheduleSet(caller, request.name, arguments, decode.factors(request.factors))
+        result = administration.set_schedule(caller, seen, record)
         return optimizer_pb2.SetScheduleResponse(position=encode.position(result), schedule=encode.schedule(result.value))
 
     def StepSchedule(
         self, request: optimizer_pb2.StepScheduleRequest, context: CallContext
     ) -> optimizer_pb2.StepScheduleResponse:
-        host = self._registry.find(request.call.job_id).host
+        running = self._registry.find(request.call.job_id)
         caller, seen = decode.caller(request.call, decode.fingerprint(request))
         metric = request.metric if request.HasField("metric") else None
-        result = host.step_schedule(caller, seen, request.count, metric)
-        return optimizer_pb2.StepScheduleResponse(position=encode.position(result), schedule=encode.schedule(result.value))
+        record = ScheduleStepped(caller, request.count, metric, decode.factors(request.factors), request.setting)
+        result = running.administration.step_schedule(caller, seen, record)
+        return optimizer_pb2.StepScheduleResponse(
+            position=encode.position(result),
+            schedule=encode.schedule(result.value),
+            changed_groups=encode.changed_groups(running.host, request),
+        )
+
+    def LoadScheduleState(
+        self, request: optimizer_pb2.LoadScheduleStateRequest, context: CallContext
+    ) -> optimizer_pb2.LoadScheduleStateResponse:
+        administration = self._registry.find(request.call.job_id).administration
+        caller, seen = decode.caller(request.call, decode.fingerprint(request))
+        record = ScheduleLoaded(caller, decode.schedule_state(request.state))
+        result = administration.load_schedule_state(caller, seen, record)
+        schedule = encode.schedule(result.value)
+        return optimizer_pb2.LoadScheduleStateResponse(position=encode.position(result), schedule=schedule)
 
     def GetSchedule(self, request: optimizer_pb2.GetScheduleRequest, context: CallContext) -> optimizer_pb2.GetScheduleResponse:
         host = self._registry.find(request.job_id).host

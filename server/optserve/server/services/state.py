@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import numpy.typing as npt
+
+from optserve.server.formulas import Optimizer
 from optserve.server.records import StateLoaded
 from optserve.server.rounds.host import JobHost
 from optserve.server.rounds.registry import Registry
@@ -32,11 +36,8 @@ class StateService(state_pb2_grpc.StateServiceServicer):
             host.check_initialized()
             exported = host.job.store.export()
             position, groups = host.job.position.to_proto(), encode.groups(host)
-            has_step = host.job.plan.optimizer.counts_steps
-        tensors: list[bundle.Tensor] = []
-        for key, array in exported.state.items():
-            slot, _, name = key.partition("/")
-            tensors.append((name, slot, array))
+            optimizer = host.job.plan.optimizer
+        tensors = _in_torchs_order(optimizer, exported.state)
         entries, nbytes = bundle.table(tensors)
         begin = state_pb2.StateBegin(
             position=position,
@@ -44,7 +45,7 @@ class StateService(state_pb2_grpc.StateServiceServicer):
             steps={name: float(step) for name, step in exported.steps.items()},
             entries=entries,
             bundle_bytes=nbytes,
-            has_step=has_step,
+            has_step=optimizer.counts_steps,
         )
         yield state_pb2.GetStateResponse(begin=begin)
         yield from bundle.chunks(tensors)
@@ -53,14 +54,24 @@ class StateService(state_pb2_grpc.StateServiceServicer):
     def LoadState(self, requests: Iterable[LoadItem], context: CallContext) -> state_pb2.LoadStateResponse:
         found = decode.items(state_pb2.LoadStateRequest, requests)
         begin = decode.first(state_pb2.LoadStateRequest, found, "begin").begin
-        host = self._registry.find(begin.call.job_id).host
-        limit = 4 * host.job.store.state_bytes + (1 << 20) + 64 * len(begin.entries)
+        running = self._registry.find(begin.call.job_id)
+        limit = 4 * running.job.store.state_bytes + (1 << 20) + 64 * len(begin.entries)
         tensors = decode.received(begin.entries, begin.bundle_bytes, limit, decode.chunks(found))
         caller, seen = decode.caller(begin.call, decode.fingerprint(begin, *(array.tobytes() for _, _, array in tensors)))
         steps = {name: _step(name, value) for name, value in begin.steps.items()}
         state = {f"{slot}/{name}": array for name, slot, array in tensors}
-        record = StateLoaded(caller, _groups(host, begin.groups), steps, state)
-        return state_pb2.LoadStateResponse(position=encode.position(host.load_state(caller, seen, record)))
+        record = StateLoaded(caller, _groups(running.host, begin.groups), steps, state)
+        return state_pb2.LoadStateResponse(position=encode.position(running.administration.load_state(caller, seen, record)))
+
+
+def _in_torchs_order(optimizer: Optimizer, state: Mapping[str, npt.NDArray[Any]]) -> list[bundle.Tensor]:
+    """A store's state: each parameter's scalars, then its slots."""
+    order = {key: place for place, key in enumerate((*optimizer.scalar_keys, *optimizer.slot_keys))}
+    tensors: list[bundle.Tensor] = []
+    for key, array in state.items():
+        slot, _, name = key.partition("/")
+        tensors.append((name, slot, array))
+    return sorted(tensors, key=lambda tensor: order.get(tensor[1], len(order)))
 
 
 def _step(name: str, value: float) -> int:
@@ -84,8 +95,7 @@ def _groups(host: JobHost, given: Iterable[types_pb2.Group]) -> list[dict[str, V
             )
         try:
             return [
-                host.job.checked_update(index, from_hyperparameters(entry.hyperparameters))
-                for index, entry in enumerate(entries)
+                host.job.checked_load(index, from_hyperparameters(entry.hyperparameters)) for index, entry in enumerate(entries)
             ]
         except (errors.UnknownHyperparameterError, errors.InvalidHyperparameterError) as error:
             raise errors.InvalidStateDictError(f"the state_dict's groups do not fit the job: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optserve.server.rounds.registry import Registry
-from optserve.server.services import decode
+from optserve.server.services import decode, encode
 from optserve.server.services.context import LONGEST_WAIT_SECONDS, CallContext, seconds_left
 from optserve.server.services.folders import Folders
 from optserve.v1 import workers_pb2, workers_pb2_grpc
@@ -35,6 +35,7 @@ class WorkerService(workers_pb2_grpc.WorkerServiceServicer):
                 schedule_steps=host.job.schedule_steps,
                 last_seq=host.job.sessions.last_seq(session_id),
                 learning_rates=host.job.learning_rates,
+                groups=encode.groups(host, with_names=False),
             )
 
     def Heartbeat(self, request: workers_pb2.HeartbeatRequest, context: CallContext) -> workers_pb2.HeartbeatResponse:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from optserve.server.formulas import Optimizer
-from optserve.wire.dtypes import DTYPES
+from optserve.server.formulas import Elementwise, Group, Optimizer
+from optserve.server.store.slots import Shape, real_shape, slot_shapes
+from optserve.wire.dtypes import DTYPES, is_complex
 from optserve.wire.errors import InvalidStateDictError
 from optserve.wire.layout import Layout, Place
 
@@ -18,14 +19,17 @@ MASTER = "master"
 """The slot name under which float32 masters of 16-bit parameters travel."""
 
 FlatArray = npt.NDArray[Any]
+Found = Mapping[int, Mapping[str, FlatArray]]
+"""State by the parameter's index: slots, scalars and MASTER by name."""
 
 
 @dataclass(frozen=True)
 class StoreState:
     """Copies, by parameter name.
 
-    `values` have the wire dtype. `state` is keyed "slot/parameter" in the state dtype; "master/parameter" are the masters of
-    16-bit parameters. `steps` holds the parameters that have state.
+    `values` have the wire dtype. `state` is keyed "slot/parameter": tensors in the state dtype, complex for complex parameters
+    if they have the parameter's shape, and carried scalars as 0-d float32; "master/parameter" are the masters of 16-bit
+    parameters. `steps` holds the parameters that have state.
     """
 
     values: dict[str, FlatArray] = field(default_factory=dict)
@@ -33,28 +37,41 @@ class StoreState:
     steps: dict[str, int] = field(default_factory=dict)
 
 
-def check(content: StoreState, layout: Layout, optimizer: Optimizer, with_values: bool) -> dict[int, dict[str, FlatArray]]:
-    """The slots of each parameter's index. InvalidStateDictError if anything does not fit."""
+def check(
+    content: StoreState, layout: Layout, optimizer: Optimizer, groups: Sequence[Group], with_values: bool
+) -> dict[int, dict[str, FlatArray]]:
+    """The state of each parameter's index. `groups` are the hyperparameters that it belongs to.
+
+    InvalidStateDictError if anything does not fit.
+    """
     if with_values:
         _check_values(content.values, layout)
     found: dict[int, dict[str, FlatArray]] = {}
+    group_of = {array.array_id: groups[array.group] for array in layout.arrays}
     for key, array in content.state.items():
         slot, _, name = key.partition("/")
         place = _place(layout, name, f"state {key!r}")
-        allowed = (*optimizer.slot_keys, *([MASTER] if place.dtype.itemsize == 2 else []))
-        if slot not in allowed:
-            raise InvalidStateDictError(
-                f"state {slot!r} of {name!r} is not {optimizer.name}'s; allowed are {', '.join(allowed)}"
-            )
-        _check_shape(array, place, f"state {slot!r} of {name!r}")
+        _check_entry(slot, array, place, optimizer, group_of[place.array_id])
         found.setdefault(place.index, {})[slot] = array
     for name, step in content.steps.items():
         place = _place(layout, name, "the step count of")
         if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 2**62:
             raise InvalidStateDictError(f"the step of {name!r} is {step!r}; it must be an integer, 0 or more")
         found.setdefault(place.index, {})
-    _check_complete(content, layout, optimizer, found)
+    _check_complete(content, layout, optimizer, groups, found)
     return found
+
+
+def shapes_of(found: Found, places: Sequence[Place], optimizer: Optimizer) -> dict[int, dict[str, Shape]]:
+    """The shapes, as reals, of the slots that were found, by position of the parameter in `places`."""
+    return {
+        position: {
+            slot: real_shape(place) if np.iscomplexobj(array) else array.shape
+            for slot, array in found.get(place.index, {}).items()
+            if slot in optimizer.slot_keys
+        }
+        for position, place in enumerate(places)
+    }
 
 
 def _place(layout: Layout, name: str, what: str) -> Place:
@@ -71,38 +88,73 @@ def _check_values(values: Mapping[str, FlatArray], layout: Layout) -> None:
         if place.name not in values:
             raise InvalidStateDictError(f"the value of parameter {place.name!r} is missing")
         found = values[place.name]
-        _check_shape(found, place, f"the value of {place.name!r}")
+        _check_shape(found, place.shape, place, f"the value of {place.name!r}")
         if found.dtype != place.dtype:
             raise InvalidStateDictError(f"the value of {place.name!r} has dtype {found.dtype}; the parameter has {place.dtype}")
 
 
-def _check_shape(array: FlatArray, place: Place, what: str) -> None:
-    if array.shape != place.shape:
-        raise InvalidStateDictError(f"{what} has shape {array.shape}; the parameter has shape {place.shape}")
+def _check_entry(slot: str, array: FlatArray, place: Place, optimizer: Optimizer, group: Group) -> None:
+    what = f"state {slot!r} of {place.name!r}"
+    allowed = (*optimizer.scalar_keys, *optimizer.slot_keys, *([MASTER] if place.dtype.itemsize == 2 else []))
+    if slot not in allowed:
+        raise InvalidStateDictError(f"{what} is not {optimizer.name}'s; allowed are {', '.join(allowed)}")
+    if slot in optimizer.scalar_keys:
+        _check_shape(array, (), place, what)
+        _check_dtype(array, False, place, what)
+        if not np.isfinite(array.astype(np.float64)):
+            raise InvalidStateDictError(f"{what} is {array}; it must be finite")
+        return
+    shape = real_shape(place) if slot == MASTER else _slot_shape(slot, place, optimizer, group, what)
+    is_pair = place.is_complex and shape == real_shape(place)
+    _check_shape(array, place.shape if is_pair else shape, place, what)
+    _check_dtype(array, is_pair, place, what)
+
+
+def _slot_shape(slot: str, place: Place, optimizer: Optimizer, group: Group, what: str) -> Shape:
+    """As reals. A slot that these hyperparameters do not need may be left over from earlier ones."""
+    if isinstance(optimizer, Elementwise):
+        return real_shape(place)
+    shapes = {**slot_shapes(optimizer, optimizer.defaults, place), **slot_shapes(optimizer, group, place)}
+    if slot not in shapes:
+        kept = ", ".join(shapes) or "(none)"
+        raise InvalidStateDictError(f"{what} is not {optimizer.name}'s for the shape {place.shape}; allowed are {kept}")
+    return shapes[slot]
+
+
+def _check_shape(array: FlatArray, shape: Shape, place: Place, what: str) -> None:
+    if array.shape != shape:
+        wanted = "the parameter has shape" if shape == place.shape else "it must have"
+        raise InvalidStateDictError(f"{what} has shape {array.shape}; {wanted} {shape}")
     if array.dtype not in DTYPES.values():
         raise InvalidStateDictError(f"{what} has dtype {array.dtype}; allowed are floating-point numbers")
 
 
-def _check_complete(
-    content: StoreState, layout: Layout, optimizer: Optimizer, found: Mapping[int, Mapping[str, FlatArray]]
-) -> None:
-    """Within a group, parameters with state must have the same slots: a forgotten one would silently begin at zero."""
-    slots_of: dict[int, tuple[str, set[str]]] = {}
-    groups = {array.array_id: array.group for array in layout.arrays}
-    for index, slots in found.items():
+def _check_dtype(array: FlatArray, wants_complex: bool, place: Place, what: str) -> None:
+    if is_complex(array.dtype) != wants_complex:
+        wanted = "complex" if wants_complex else "real"
+        raise InvalidStateDictError(f"{what} has dtype {array.dtype}; it is {wanted}, the parameter has dtype {place.dtype}")
+
+
+def _check_complete(content: StoreState, layout: Layout, optimizer: Optimizer, groups: Sequence[Group], found: Found) -> None:
+    """A forgotten slot would silently begin at zero. Within a group, parameters with state have the same ones beyond need."""
+    others: dict[int, tuple[str, set[str], set[str]]] = {}
+    group_of = {array.array_id: array.group for array in layout.arrays}
+    for index, state in found.items():
         place = layout.places[index]
-        own = set(slots) - {MASTER}
+        group = group_of[place.array_id]
+        own = set(state) - {MASTER}
         if not own and place.name not in content.steps:
             continue
         if own and optimizer.counts_steps and place.name not in content.steps:
             raise InvalidStateDictError(f"parameter {place.name!r} has {', '.join(sorted(own))} but no step")
-        missing = set(optimizer.slots(optimizer.defaults)) - own
-        if missing:
-            raise InvalidStateDictError(f"parameter {place.name!r} has {_listed(own)} but no {_listed(missing)}")
-        first, expected = slots_of.setdefault(groups[place.array_id], (place.name, own))
-        if own != expected:
+        needed = set(slot_shapes(optimizer, groups[group], place))
+        needed |= set(optimizer.scalar_keys) if needed else set()
+        if needed - own:
+            raise InvalidStateDictError(f"parameter {place.name!r} has {_listed(own)} but no {_listed(needed - own)}")
+        first, its, beyond = others.setdefault(group, (place.name, own, own - needed))
+        if own - needed != beyond:
             raise InvalidStateDictError(
-                f"parameter {place.name!r} has the state {_listed(own)}; {first!r} of the same group has {_listed(expected)}"
+                f"parameter {place.name!r} has the state {_listed(own)}; {first!r} of the same group has {_listed(its)}"
             )
 
 

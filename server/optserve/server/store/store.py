@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from optserve.server.backends import Backend, Kernel
+from optserve.server.backends import Backend
 from optserve.server.backends.threads import core_count
-from optserve.server.formulas import Optimizer
+from optserve.server.formulas import Elementwise, Optimizer, Tensorwise
 from optserve.server.store.access import Access, Arrays, Hold
-from optserve.server.store.column import Column, Run, copied
-from optserve.server.store.state import MASTER, StoreState, check
-from optserve.server.store.steps import Slice, run
+from optserve.server.store.column import Column, copied
+from optserve.server.store.slots import made
+from optserve.server.store.state import StoreState, check, shapes_of
+from optserve.server.store.steps import ElementwiseSteps, Entry
+from optserve.server.store.tensors import TensorwiseSteps
 from optserve.wire.errors import (
     DtypeMismatchError,
     InvalidArgumentError,
@@ -29,6 +31,7 @@ from optserve.wire.layout import Layout
 from optserve.wire.values import Value
 
 FlatArray = npt.NDArray[Any]
+Groups = Sequence[Mapping[str, Value]]
 
 _WAIT_SECONDS = 60.0
 
@@ -38,19 +41,20 @@ class _Snapshot(dict[int, npt.NDArray[np.generic]]):
 
 
 class Store:
-    """Parameters, masters, slots and step counts of one job. Thread safe.
+    """Parameters, masters, optimizer state and step counts of one job. Thread safe.
 
     Whatever waits takes `timeout_seconds` and raises DeadlineExceededError, which names who was waited for. `version` grows
     with every change.
     """
 
     def __init__(self, optimizer: Optimizer, backend: Backend, threads: int | None = None) -> None:
-        """`threads`: how many take part in an update; None: one a core. The bits do not depend on it."""
+        """`threads`: how many take part in an update where the backend does not say; None: one a core. The bits do not
+        depend on it."""
         self.optimizer = optimizer
         self.backend = backend
         self.layout = Layout()
         self.version = 0
-        self._threads = core_count() if threads is None else threads
+        self._steps = _steps(optimizer, backend, backend.threads or threads or core_count())
         self._columns: list[Column] = []
         self._access = Access()  # guards everything above
         self._snapshot: weakref.ref[_Snapshot] | None = None
@@ -72,7 +76,7 @@ class Store:
             group = 1 + max((array.group for array in self.layout.arrays), default=-1)
             layout = self.layout.extended(group, parameters)
             self._columns += [
-                Column(array, [place for place in layout.places if place.array_id == array.array_id], self.backend)
+                Column(array, [p for p in layout.places if p.array_id == array.array_id], self.optimizer, self.backend)
                 for array in layout.arrays[len(self._columns) :]
             ]
             self.layout = layout
@@ -95,9 +99,7 @@ class Store:
         with self._changing("sealing the initial values", timeout_seconds):
             for column in self._columns:
                 if not column.is_sealed:
-                    column.clear_padding()
-                    column.widen()
-                    column.is_sealed = True
+                    column.seal()
 
     def set_values(self, values: Mapping[str, FlatArray], timeout_seconds: float = _WAIT_SECONDS) -> None:
         """Whole parameters. UnknownParameterError, ShapeMismatchError or DtypeMismatchError changes nothing."""
@@ -118,19 +120,31 @@ class Store:
         """Fresh zeros for gradients: one array of the state dtype for each flat array."""
         return {column.array.array_id: column.accumulator() for column in self._columns}
 
-    def prepare(self, groups: Sequence[Mapping[str, Value]], timeout_seconds: float = _WAIT_SECONDS) -> None:
-        """Compiles every kernel and allocates every slot that these options need. OutOfMemoryError."""
+    def prepare(self, groups: Groups, timeout_seconds: float = _WAIT_SECONDS) -> None:
+        """Compiles every kernel and allocates all state that these hyperparameters need. OutOfMemoryError."""
         self._check_groups(groups)
         for column in self._columns:
-            self.backend.prepare(column.array.dtype)
-            self._kernel(column, groups[column.array.group])
-        if any(not c.slots.keys() >= set(self.optimizer.slots(groups[c.array.group])) for c in self._columns):
+            self._steps.prepare(column, groups[column.array.group])
+        if self.lacks_state(groups):
             with self._access.writing("allocating optimizer state", timeout_seconds):
+                self._allocate(groups, rehearses=not self.backend.on_host)
+        self.create_state(groups, timeout_seconds)
+
+    def lacks_state(self, groups: Groups) -> bool:
+        """Whether these hyperparameters need state that is not there: then `prepare` waits for readers."""
+        return any(column.slots.lacking(groups[column.array.group]) for column in self._columns)
+
+    def create_state(self, groups: Groups, timeout_seconds: float = _WAIT_SECONDS) -> None:
+        """State at step 0 for parameters that have none, if the optimizer has state before its first step. OutOfMemoryError."""
+        if self.optimizer.stateful_from_creation and not all(column.has_state.all() for column in self._columns):
+            with self._changing("creating optimizer state", timeout_seconds):
+                self._check_groups(groups)
                 self._allocate(groups)
+                self._create_state(groups)
 
     def update(
         self,
-        groups: Sequence[Mapping[str, Value]],
+        groups: Groups,
         gradients: Mapping[int, FlatArray],
         scale: float = 1.0,
         absent: frozenset[int] = frozenset(),
@@ -144,20 +158,15 @@ class Store:
         with self._changing("the update", timeout_seconds):
             self._check_groups(groups)
             self._allocate(groups)
-            work, stepped = self._plan(groups, gradients, absent)
-            run(work, scale, self._threads)
-            for column, ran in stepped:
-                column.stepped(ran)
-            for column in self._columns:
-                column.clear_padding()
+            self._create_state(groups)
+            entries = self._entries(groups, gradients, absent)
+            self._steps.step(entries, scale)
+            for entry in entries:
+                entry.column.settle(entry.runs)
 
-    def _plan(
-        self, groups: Sequence[Mapping[str, Value]], gradients: Mapping[int, FlatArray], absent: frozenset[int]
-    ) -> tuple[list[Slice], list[tuple[Column, Run]]]:
-        work: list[Slice] = []
-        stepped: list[tuple[Column, Run]] = []
+    def _entries(self, groups: Groups, gradients: Mapping[int, FlatArray], absent: frozenset[int]) -> list[Entry]:
+        entries: list[Entry] = []
         for column in self._columns:
-            group = groups[column.array.group]
             runs = column.runs(absent)
             if not runs:
                 continue
@@ -167,26 +176,27 @@ class Store:
                     f"array {column.array.array_id} needs a gradient of {column.array.length} elements of dtype "
                     f"{column.state_dtype} or {column.array.dtype}"
                 )
-            column.is_sealed = True
-            kernel, slots = self._kernel(column, group), self.optimizer.slots(group)
-            for entry in runs:
-                step = int(column.steps[entry.first]) + 1 if slots else 1
-                scalars = self.optimizer.scalars(group, step)
-                work.append(Slice(kernel, column, slots, found, scalars, entry.begin, entry.end))
-                if slots:
-                    stepped.append((column, entry))
-        return work, stepped
+            entries.append(Entry(column, groups[column.array.group], found, runs))
+        for entry in entries:
+            entry.column.is_sealed = True
+        return entries
 
-    def _kernel(self, column: Column, group: Mapping[str, Value]) -> Kernel:
-        return self.backend.kernel(self.optimizer, self.optimizer.options(group), column.array.dtype)
+    def _allocate(self, groups: Groups, rehearses: bool = False) -> None:
+        """All that is lacking, or with OutOfMemoryError nothing; it also tries what steps need besides."""
+        lacking = [(column, column.slots.lacking(groups[column.array.group])) for column in self._columns]
+        arrays = [(column, made(shapes, column.state_dtype, self.backend)) for column, shapes in lacking if shapes]
+        for column in self._columns if rehearses else ():
+            self._steps.rehearse(column, groups[column.array.group])
+        for column, found in arrays:
+            column.slots.add(found, self.optimizer.initial(groups[column.array.group]))
 
-    def _allocate(self, groups: Sequence[Mapping[str, Value]]) -> None:
-        for column in self._columns:
-            slots = self.optimizer.slots(groups[column.array.group])
-            if not column.slots.keys() >= set(slots):
-                column.allocate(slots)
+    def _create_state(self, groups: Groups) -> None:
+        if self.optimizer.stateful_from_creation:
+            for column in self._columns:
+                if not column.has_state.all():
+                    column.create_state(self.optimizer.initial(groups[column.array.group]))
 
-    def _check_groups(self, groups: Sequence[Mapping[str, Value]]) -> None:
+    def _check_groups(self, groups: Groups) -> None:
         if len(groups) <= max((column.array.group for column in self._columns), default=-1):
             raise InvalidArgumentError(f"{len(groups)} param groups were given; the job has more")
 
@@ -228,27 +238,35 @@ class Store:
                 column.export(content)
         return content
 
-    def check(self, content: StoreState, with_values: bool) -> None:
+    def check(self, content: StoreState, groups: Groups, with_values: bool) -> None:
         """InvalidStateDictError if `load` would refuse it."""
-        check(content, self.layout, self.optimizer, with_values)
+        self._check_groups(groups)
+        check(content, self.layout, self.optimizer, groups, with_values)
 
-    def load(self, content: StoreState, with_values: bool, timeout_seconds: float = _WAIT_SECONDS) -> None:
+    def load(self, content: StoreState, groups: Groups, with_values: bool, timeout_seconds: float = _WAIT_SECONDS) -> None:
         """Replaces all optimizer state, and the weights if `with_values`. A parameter without state begins again at step 0.
 
-        A master is taken where it narrows to the parameter's weight; elsewhere the weight was set by someone and wins.
-        InvalidStateDictError if names or shapes do not fit, OutOfMemoryError; then nothing is changed.
+        `groups` are the hyperparameters that belong to the state. A master is taken where it narrows to the parameter's weight;
+        elsewhere the weight was set by someone and wins. InvalidStateDictError if names or shapes do not fit, OutOfMemoryError;
+        then nothing is changed.
         """
-        found = check(content, self.layout, self.optimizer, with_values)
+        self._check_groups(groups)
+        found = check(content, self.layout, self.optimizer, groups, with_values)
         with self._changing("loading a state", timeout_seconds):
-            for column in self._columns:
-                slots = {slot for place in column.places for slot in found.get(place.index, ()) if slot != MASTER}
-                column.allocate(sorted(slots))
-            for column in self._columns:
+            if self.optimizer.stateful_from_creation:
+                self._allocate(groups)
+            shapes = [column.slots.lacking_for(shapes_of(found, column.places, self.optimizer)) for column in self._columns]
+            arrays = [
+                made(wanted, column.state_dtype, self.backend) for column, wanted in zip(self._columns, shapes, strict=True)
+            ]
+            for column, slots in zip(self._columns, arrays, strict=True):
+                column.slots.add(slots, {})
                 column.load(content, found, with_values, self.optimizer.counts_steps)
+            self._create_state(groups)
 
     @property
     def state_bytes(self) -> int:
-        """Weights, masters and slots."""
+        """Weights, masters and optimizer state."""
         return sum(column.nbytes for column in self._columns)
 
     def _column(self, array_id: int) -> Column:
@@ -261,3 +279,13 @@ class Store:
         with self._access.writing(writer, timeout_seconds):
             self.version += 1
             yield
+
+
+def _steps(optimizer: Optimizer, backend: Backend, threads: int) -> ElementwiseSteps | TensorwiseSteps:
+    match optimizer:
+        case Elementwise():
+            return ElementwiseSteps(optimizer, backend, threads)
+        case Tensorwise():
+            return TensorwiseSteps(optimizer, backend, threads)
+        case _:
+            raise TypeError(f"{optimizer.name} is neither elementwise nor tensorwise")

@@ -1,0 +1,47 @@
+"""What a worker's update_group() has changed and none of its pushes has brought to the job yet."""
+
+from __future__ import annotations
+
+from optserve.client._connection import logger
+from optserve.v1 import types_pb2 as pb
+from optserve.wire.errors import NonfiniteGradientError, RoundError
+
+_NOT_TO_BLAME = (NonfiniteGradientError, RoundError)
+"""The round applied nothing, whatever was changed: the next push brings it again."""
+
+
+class Edits:
+    """Hyperparameters by group and name. Its owner's lock guards it."""
+
+    def __init__(self) -> None:
+        self._noted: dict[int, dict[str, pb.Hyperparameter]] = {}
+        self._restores: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return "; ".join(f"group {group}: {', '.join(entries)}" for group, entries in self._noted.items())
+
+    def note(self, group: int, changes: list[pb.Hyperparameter], restores: frozenset[str]) -> None:
+        """For the next push; of one hyperparameter the last value. `restores`: what the client itself had restored by then."""
+        self.forget(restores)
+        if changes:
+            self._restores = restores
+            self._noted.setdefault(group, {}).update({change.name: change for change in changes})
+
+    def to_proto(self) -> list[pb.GroupChange]:
+        return [pb.GroupChange(group=group, hyperparameters=entries.values()) for group, entries in self._noted.items()]
+
+    def applied(self) -> None:
+        """A push has brought it all."""
+        self._noted.clear()
+
+    def forget(self, restores: frozenset[str]) -> None:
+        """Drops what was changed before a restore by this client: it is of the state that is gone."""
+        if self._noted and restores != self._restores:
+            logger.info("update_group(%s) is forgotten: a checkpoint was restored since", self)
+            self._noted.clear()
+
+    def failed(self, error: BaseException) -> None:
+        """A push was not applied, or it is not known whether it was: drops what it brought, and has the error say so."""
+        if self._noted and not isinstance(error, _NOT_TO_BLAME):
+            error.add_note(f"What update_group had changed ({self}) is dropped with this push; call it again if it is to hold.")
+            self._noted.clear()

@@ -1,0 +1,17 @@
+"""The backends with which contract tests run: those of a CPU, the GPU's without a GPU, and where there is one, with it."""
+
+from __future__ import annotations
+
+import pytest
+from host_device import cupy_on_host
+from host_kernels import needs_compiler
+
+from optserve.server.backends import Backend, select
+
+GPU = pytest.param("cupy", marks=pytest.mark.gpu)
+BACKENDS = ["numba", "numpy", pytest.param("cupy-on-host", marks=needs_compiler), GPU]
+
+
+def backend_named(name: str) -> Backend:
+    """As `select`, and the cupy backend on a device of host memory."""
+    return cupy_on_host() if name == "cupy-on-host" else select(name)
