@@ -61,12 +61,27 @@ def rprop(group: Mapping[str, Any], parameter: Sequence[float], gradient: Sequen
     return result
 
 
-LOOPS: dict[str, Loop] = {"asgd": asgd, "rprop": rprop, "sgd": sgd}
+def lion(group: Mapping[str, Any], parameter: Sequence[float], gradient: Sequence[float], state: State) -> list[float]:
+    lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+    momentum = state.setdefault("exp_avg", [0.0] * len(parameter))
+    result = []
+    for i, (theta, g) in enumerate(zip(parameter, gradient, strict=True)):
+        g = -g if group["maximize"] else g
+        direction = beta1 * momentum[i] + (1 - beta1) * g
+        update = (direction > 0) - (direction < 0)
+        result.append(theta - lr * (update + decay * theta))
+        momentum[i] = beta2 * momentum[i] + (1 - beta2) * g
+    return result
+
+
+LOOPS: dict[str, Loop] = {"asgd": asgd, "lion": lion, "rprop": rprop, "sgd": sgd}
 
 VARIANTS: list[Variant] = [
     Variant("asgd", {"lr": 0.05}, in_float16=True),
     Variant("asgd", {"lr": 0.05, "lambd": 0.3, "alpha": 0.5, "t0": 4, "weight_decay": 0.1}, in_float16=True),
     Variant("asgd", {"lr": 0.02, "t0": 0, "maximize": True}),
+    Variant("lion", {"lr": 0.01}),
+    Variant("lion", {"lr": 0.02, "betas": (0.4, 0.7), "weight_decay": 0.3, "maximize": True}),
     Variant("rprop", {"lr": 0.02}, in_float16=True),
     Variant("rprop", {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.02, 0.15), "maximize": True}),
     Variant("sgd", {"lr": 0.05}, in_float16=True),

@@ -13,6 +13,7 @@ from optserve.server.formulas.definition import Elementwise, Group, Optimizer, T
 from optserve.server.formulas.lamb import LAMB
 from optserve.server.formulas.language import FormulaError
 from optserve.server.formulas.lars import LARS
+from optserve.server.formulas.lion import LION
 from optserve.server.formulas.muon import MUON
 from optserve.server.formulas.nadam import NADAM
 from optserve.server.formulas.radam import RADAM
@@ -32,6 +33,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "asgd": ASGD,
     "lamb": LAMB,
     "lars": LARS,
+    "lion": LION,
     "muon": MUON,
     "nadam": NADAM,
     "radam": RADAM,
