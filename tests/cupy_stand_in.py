@@ -10,7 +10,7 @@ import sys
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +24,9 @@ class CUDARuntimeError(RuntimeError):
 
 
 class CUDADriverError(RuntimeError):
-    pass
+    def __init__(self, status: int) -> None:
+        super().__init__(f"driver error {status}")
+        self.status = status
 
 
 class Runtime:
@@ -58,6 +60,7 @@ class Runtime:
         assert index == 0
 
     def getDeviceProperties(self, index: int, /) -> dict[str, Any]:
+        self._check("getDeviceProperties")
         return {"name": b"stand-in", "multiProcessorCount": 2, "major": 9, "minor": 0}
 
     def memGetInfo(self) -> tuple[int, int]:
@@ -117,13 +120,22 @@ class Array:
 
 
 class RawModule:
-    def __init__(self, code: str | None = None, *, path: str | None = None) -> None:
+    """A module of a path is read when its first function is asked for, and never again. `refused`: CUDA's status for that."""
+
+    refused = 0
+    _loaded: ClassVar[dict[str, Path]] = {}
+
+    def __init__(self, *, code: str | None = None, path: str | None = None) -> None:
         assert code is None
         assert path is not None
-        self._library = Path(Path(path).read_text())
+        self._path = path
 
     def get_function(self, name: str, /) -> Any:
-        launch = loaded(self._library, [name])[name]
+        if self.refused:
+            raise CUDADriverError(self.refused)
+        if self._path not in self._loaded:
+            self._loaded[self._path] = Path(Path(self._path).read_text())
+        launch = loaded(self._loaded[self._path], [name])[name]
 
         def kernel(grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, stream: Any = None) -> None:
             assert isinstance(args, tuple)
@@ -141,6 +153,7 @@ class PinnedMemory:
     def __init__(self, size: int, flags: int = 0) -> None:
         if self.refused:
             raise CUDARuntimeError(self.refused)
+        assert flags == Runtime.hostAllocPortable
         self._memory = ctypes.create_string_buffer(size + 64)
         self.size, self.ptr = size, -(-ctypes.addressof(self._memory) // 64) * 64
 
@@ -177,7 +190,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     pool = types.SimpleNamespace(free_bytes=lambda: 1 << 20)
     found = {"cuda": cuda, "RawModule": RawModule, "get_default_memory_pool": lambda: pool, "zeros": _zeros}
-    module.__dict__.update(found)
+    module.__dict__.update(found, __version__="14.2.0")
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 

@@ -9,9 +9,12 @@ from host_kernels import needs_compiler
 from optserve.server.backends import Backend, select
 
 GPU = pytest.param("cupy", marks=pytest.mark.gpu)
+EARLY = "cupy-on-host-copies-at-once"
 BACKENDS = ["numba", "numpy", pytest.param("cupy-on-host", marks=needs_compiler), GPU]
 
 
 def backend_named(name: str) -> Backend:
     """As `select`, and the cupy backend on a device of host memory."""
-    return cupy_on_host() if name == "cupy-on-host" else select(name)
+    if name.startswith("cupy-on-host"):
+        return cupy_on_host(name == EARLY)
+    return select(name)

@@ -1,8 +1,9 @@
 """A device of host memory, for the cupy backend's own code without a GPU. It is as strict as CUDA allows.
 
 Kernels are the generated ones, compiled by g++. Streams are as late as they may be: what is put on one is done when somebody
-asks for an event that depends on it, and no sooner. So what does not wait for what it needs reads what was there before. Arrays
-refuse to become NumPy's by themselves, as CuPy's do, and refuse everything outside of the device's thread.
+asks for an event that depends on it, and no sooner. So what does not wait for what it needs reads what was there before. Copies
+are late too, or as early as they may be: then one that does not wait writes over what is still to be read. Arrays refuse to
+become NumPy's by themselves, as CuPy's do, and refuse everything outside of the device's thread.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class DeviceError(RuntimeError):
 
 
 class Stream:
-    """Work in the order in which it came, done up to where somebody asked."""
+    """Work in the order in which it came, done up to where somebody asked, or at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
-        self._begun = 0
+        self._begun, self._at_once = 0, at_once
 
     @property
     def end(self) -> int:
@@ -47,6 +48,8 @@ class Stream:
 
     def put(self, work: Callable[[], None]) -> None:
         self._waiting.append(work)
+        if self._at_once:
+            self.until(self.end)
 
     def until(self, end: int) -> None:
         while self._begun < end:
@@ -61,9 +64,10 @@ class HostDevice:
     processors = 2
     failures = (DeviceError,)
 
-    def __init__(self, folder: Path, capacity: int = 1 << 30) -> None:
-        """Libraries are kept in the folder. `capacity` is the memory's, in bytes."""
+    def __init__(self, folder: Path, capacity: int = 1 << 30, copies_at_once: bool = False) -> None:
+        """Libraries are kept in the folder. `capacity` is the memory's, in bytes. `copies_at_once`: as early as they may be."""
         self.xp = _Functions(self)
+        self._copies_at_once = copies_at_once
         self.capacity, self.used = capacity, 0
         self.error: DeviceError | None = None
         self.blocks: deque[int] = deque(maxlen=16)
@@ -74,7 +78,7 @@ class HostDevice:
 
     def enter(self) -> None:
         self._thread = threading.get_ident()
-        self.copy, self.compute, self.fetch = Stream(), Stream(), Stream()
+        self.copy, self.compute, self.fetch = Stream(self._copies_at_once), Stream(), Stream(self._copies_at_once)
 
     def check_thread(self) -> None:
         assert threading.get_ident() == self._thread, "not in the device's thread"
@@ -268,6 +272,6 @@ def new_device(**options: Any) -> HostDevice:
 
 
 @cache
-def cupy_on_host() -> CupyBackend:
-    """One for the whole test run."""
-    return backend_on(new_device())
+def cupy_on_host(copies_at_once: bool = False) -> CupyBackend:
+    """One of either kind for the whole test run."""
+    return backend_on(new_device(copies_at_once=copies_at_once))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -49,6 +49,17 @@ def test_a_steps_bytes_are_those_of_its_formula(
     assert isinstance(optimizer, Elementwise)
     program = optimizer.program(optimizer.choices({**optimizer.defaults, **options}))
     assert script.bytes_a_parameter(program, dtype, gradient) == size
+
+
+def test_a_launch_is_timed_among_others_on_the_stream_of_kernels(script: ModuleType) -> None:
+    done: list[str] = []
+    event = SimpleNamespace(record=lambda stream: done.append(stream), synchronize=lambda: done.append("synchronize"))
+    cuda = SimpleNamespace(Event=lambda: event, get_elapsed_time=lambda *_: 30.0)
+    backend = SimpleNamespace(
+        xp=SimpleNamespace(cuda=cuda), _device=SimpleNamespace(compute="compute"), run=lambda work: work()
+    )
+    assert script.event_timer(backend)(lambda: done.append("work"), 1) == pytest.approx(0.03 / script.IN_A_ROW)
+    assert done == 3 * ["compute", *script.IN_A_ROW * ["work"], "compute", "synchronize"]
 
 
 @needs_compiler

@@ -70,16 +70,33 @@ def test_a_gpu_that_is_used_is_the_backend(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_gpu_that_is_not_used_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = findings(monkeypatch, "import sys; sys.exit('there is a driver, but no NVIDIA device')")
+    found = findings(monkeypatch, "print('no GPU: there is a driver, but no NVIDIA device')")
     assert found["gpu"] == {"state": "note", "value": "not used", "note": "there is a driver, but no NVIDIA device"}
     assert found["backend"]["value"] in ("numba", "numpy")
+
+
+def test_a_gpu_that_does_not_work_is_bad_since_a_server_would_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = findings(monkeypatch, "import sys; sys.exit('the device H200 cannot be used: all of them are busy')")
+    said = "the device H200 cannot be used: all of them are busy; without it: optserve serve --backend numba"
+    assert found["gpu"] == {"state": "bad", "value": "does not work", "note": said}
+    assert found["backend"] == {"state": "bad", "value": "cupy", "note": said}
+
+
+def test_without_cupy_and_driver_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = doctor.missing
+    monkeypatch.setattr("optserve.cli.doctor.missing", lambda modules: modules if modules == ["cupy"] else missing(modules))
+    monkeypatch.setattr("optserve.cli.doctor._GPU_PROBE", "print('cupy on NVIDIA H200')")
+    for tool, said in ((None, "there is no NVIDIA driver on this machine, and no CuPy"), ("/bin/nvidia-smi", doctor._USED)):
+        monkeypatch.setattr("optserve.cli.doctor.shutil.which", lambda _, tool=tool: tool)
+        doctor._gpu.cache_clear()
+        assert doctor._gpu().note == said
 
 
 def test_the_probe_tells_what_is_in_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cupy.py").write_text("raise ImportError('libcuda is of another world')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = findings(monkeypatch, doctor._GPU_PROBE)
-    assert found["gpu"]["note"].startswith("CuPy cannot be imported: libcuda is of another world. ")
+    assert found["gpu"]["note"] == "CuPy cannot be imported: libcuda is of another world"
 
 
 def test_a_look_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from optserve.cli.output import print_table
+from optserve.cli.output import print_table, text
 
 COLUMNS = ["JOB", "LR", "METRICS"]
 ROWS: list[list[object]] = [["a/long/name/of/a/job", (0.001, 0.0005), "loss=7.661e-14 accuracy=0.9812"], ["j", 0.1, ""]]
@@ -31,3 +31,8 @@ def test_no_word_is_broken_in_a_narrow_terminal(
     out = click.unstyle(capsys.readouterr().out)
     assert {"a/long/name/of/a/job", "loss=7.661e-14", "accuracy=0.9812", "0.0005"} <= {word.strip(",") for word in out.split()}
     assert len(out.splitlines()) == 4
+
+
+def test_none_in_a_list_is_the_word_that_the_command_line_takes() -> None:
+    assert text((None, 1e-3)) == "none, 0.001"
+    assert text(None) == "-", "of a cell"

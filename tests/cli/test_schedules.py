@@ -44,6 +44,18 @@ def test_schedules_in_schedules_are_set_shown_and_stepped(optserve: Command, job
     assert found["learning_rates"] == list(job.lr_schedule.learning_rates) == [0.1875, 0.375]
 
 
+@pytest.mark.parametrize(
+    "given", ["CyclicLR(base_lr=0.1, max_lr=0.3, gamma=0.99)", "OneCycleLR(max_lr=0.1, total_steps=9, cycle_momentum=false)"]
+)
+def test_what_is_shown_of_a_schedule_can_be_given_again(optserve: Command, job: Job, given: str) -> None:
+    """None, truth and every bit of a number are in it."""
+    ok(optserve("schedule", "set", "j", "ChainedScheduler", f"schedulers={given}, ConstantLR()"))
+    set_first = job.lr_schedule.arguments
+    shown = ok(optserve("schedule", "show", "j")).splitlines()[0].split("schedulers=", 1)[1].removesuffix(")")
+    ok(optserve("schedule", "set", "j", "ChainedScheduler", f"schedulers={shown}"))
+    assert job.lr_schedule.arguments == set_first
+
+
 def test_a_one_cycle_turns_betas(optserve: Command, job: Job) -> None:
     assert "OneCycleLR(max_lr=(0.1, 0.2)" in ok(
         optserve("schedule", "set", "j", "OneCycleLR", "max_lr=0.1,0.2", "total_steps=100")
@@ -100,6 +112,7 @@ def test_a_schedule_of_functions_is_shown_and_stepped_elsewhere(optserve: Comman
         ("StepLR(step_size=3, gamma=-1e-3),", (("StepLR", {"step_size": 3, "gamma": -1e-3}),)),
         ("MultiStepLR(milestones=[1, 2])", (("MultiStepLR", {"milestones": (1, 2)}),)),
         ("MultiStepLR(milestones=(1,))", (("MultiStepLR", {"milestones": (1,)}),)),
+        ("MultiStepLR(milestones=1)", (("MultiStepLR", {"milestones": (1,)}),)),
         ("SWALR(swa_lr=0.1, anneal_strategy=linear)", (("SWALR", {"swa_lr": 0.1, "anneal_strategy": "linear"}),)),
         (
             "OneCycleLR(max_lr=1, three_phase=true, epochs=None, anneal_strategy='cos')",

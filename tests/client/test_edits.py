@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_an_edit_goes_with_the_next_push_and_holds_from_its_step_on(server: Serv
         assert worker.last_step.lr == (0.5,)
         assert (lr(worker), job.param_groups[0]["lr"]) == (0.5, 0.5)
         assert b(worker.push_pull(ones())) == [-2.0, -2.0]
+
+
+def test_an_edit_waits_for_a_push_in_a_thread_and_goes_with_the_next_one(embedded: Server) -> None:
+    job = job_of(embedded, workers=2)
+    with job.join() as worker, job.join() as other, ThreadPoolExecutor(1) as thread:
+        waiting = worker.push_pull_async(ones())
+        edited = thread.submit(worker.update_group, 0, lr=0.5)
+        assert not edited.done()
+        assert other.push(ones()).lr == (1.0,)
+        edited.result(20)
+        assert b(waiting.result(20)) == [-1.0, -1.0]
+        waiting = worker.push_pull_async(ones())
+        assert other.push(ones()).lr == (0.5,)
+        assert b(waiting.result(20)) == [-1.5, -1.5]
 
 
 def test_an_edit_goes_with_a_round_that_is_sat_out(server: Server) -> None:
@@ -136,13 +151,59 @@ def test_a_group_that_was_just_added_can_be_edited(server: Server) -> None:
         assert worker.pull()["v"].tolist() == [-0.5, -0.5]
 
 
+def test_an_edit_goes_with_a_step_of_the_schedule_that_comes_before_the_next_push(server: Server) -> None:
+    job = job_of(server)
+    with job.join() as worker:
+        worker.update_group(0, lr=0.5)
+        with pytest.raises(errors.InvalidArgumentError, match="the job has no schedule"):
+            worker.step_schedule()
+        job.set_lr_schedule("ReduceLROnPlateau", factor=0.5, patience=0)
+        with pytest.raises(errors.InvalidArgumentError, match="metric"):
+            worker.step_schedule()
+        assert job.param_groups[0]["lr"] == 1.0
+        for metric, rate in ((1.0, 0.5), (2.0, 0.25)):
+            assert worker.step_schedule(metric).learning_rates == (rate,)
+            assert lr(worker) == job.param_groups[0]["lr"] == rate
+        assert worker.push(ones()).lr == (0.25,)
+
+
+def test_an_edit_goes_once_with_a_step_that_calls_functions(server: Server) -> None:
+    job = job_of(server)
+    job.set_lr_schedule("MultiplicativeLR", lr_lambda=lambda _: 0.5)
+    with job.join() as worker:
+        job.step_schedule()
+        worker.update_group(0, lr=8.0, momentum=0.5)
+        assert worker.step_schedule().learning_rates == (4.0,)
+        assert worker.param_groups == job.param_groups
+        assert worker.push(ones()).lr == (4.0,)
+
+
+def test_an_edit_that_a_step_of_the_schedule_refuses_is_dropped_and_said_to_be(server: Server) -> None:
+    job = job_of(server, workers=2)
+    job.set_lr_schedule("ExponentialLR", gamma=0.5)
+    with job.join() as worker, job.join() as other:
+        worker.update_group(0, lr=-1.0)
+        with pytest.raises(errors.InvalidHyperparameterError, match=r"(?s)Invalid learning rate: -1\.0") as caught:
+            worker.step_schedule()
+        assert "(group 0: lr) is dropped" in caught.value.__notes__[0]
+        worker.update_group(0, lr=8.0)
+        worker.step_schedule()
+        other.update_group(0, lr=4.0)
+        with pytest.raises(errors.RanksDisagreeError, match=r"changed to 8\.0, this rank has it changed to 4\.0") as caught:
+            other.step_schedule()
+        assert "(group 0: lr) is dropped" in caught.value.__notes__[0]
+        other.update_group(0, lr=8.0)
+        other.step_schedule()
+        assert lr(other) == job.param_groups[0]["lr"] == 4.0
+
+
 @pytest.mark.parametrize(
     ("index", "entries", "error", "message"),
     [
         (1, {"lr": 0.5}, errors.UnknownParameterError, "the job has 1 param groups; there is no group 1"),
         (-1, {"lr": 0.5}, errors.UnknownParameterError, "there is no group -1"),
         ("0", {"lr": 0.5}, TypeError, "integer"),
-        (0, {"lr": object()}, errors.InvalidHyperparameterError, "lr is <object object"),
+        (0, {"lr": object()}, errors.InvalidHyperparameterError, "lr is <object"),
         (0, {"betas": (0.9, "x")}, errors.InvalidHyperparameterError, "betas is"),
     ],
 )

@@ -56,6 +56,18 @@ def test_what_is_no_function_is_named(name: str, arguments: dict[str, Any], mess
         split(name, arguments)
 
 
+def test_schedules_that_are_nested_without_end_are_refused() -> None:
+    schedulers: list[Any] = []
+    schedulers.append(("ChainedScheduler", {"schedulers": schedulers}))
+    with pytest.raises(InvalidHyperparameterError, match="8 deep in one another"):
+        split("ChainedScheduler", {"schedulers": schedulers})
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InvalidHyperparameterError, match=r"schedulers is .*must be a list of \(class name, arguments\)"):
+        split("ChainedScheduler", {"schedulers": deep})
+
+
 class Server:
     """Answers as the server does: what is awaited now decides."""
 
@@ -162,7 +174,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(value: Any) -> None:
     assert number(value) == 0.5
 
 
-@pytest.mark.parametrize("value", ["0.5", None, (0.5,), np.zeros(2)])
+@pytest.mark.parametrize("value", ["0.5", None, (0.5,), np.zeros(2), 10**400])
 def test_what_is_no_number_is_named(value: Any) -> None:
     with pytest.raises(InvalidHyperparameterError, match=r"lr_lambda gave .* at epoch 1; it must be a number"):
         Functions().create([lambda _: value], Server(1, sets=True).call)

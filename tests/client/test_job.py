@@ -82,6 +82,7 @@ def test_params_that_cannot_be_a_jobs_are_refused_before_anything_is_sent(
     ("arguments", "error", "message"),
     [
         ({"optimizer": "adma"}, errors.UnknownOptimizerError, "(?i)adam"),
+        ({"optimizer": dict}, errors.UnknownOptimizerError, "optimizer is <class 'dict'>; it must be the name of one"),
         ({"optimizer": None}, errors.InvalidArgumentError, "needs params and an optimizer"),
         ({"lr": -1.0}, errors.InvalidHyperparameterError, "Invalid learning rate: -1.0"),
         ({"lr": float("nan")}, errors.InvalidHyperparameterError, "learning rate: nan"),
@@ -92,6 +93,7 @@ def test_params_that_cannot_be_a_jobs_are_refused_before_anything_is_sent(
         ({"workers": 0}, errors.InvalidArgumentError, "workers is 0"),
         ({"quorum": 3, "workers": 2}, errors.InvalidArgumentError, "quorum"),
         ({"name": "../x"}, errors.InvalidNameError, "x"),
+        ({"name": 3}, errors.InvalidNameError, "a job's name is of type int"),
     ],
 )
 def test_a_spec_that_is_wrong_creates_nothing(

@@ -49,7 +49,13 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
     assert json.loads(to_text(given)) == {"_last_lr": [0.5, 0.25], "last_epoch": 3, "milestones": [[3, 1]]}
 
 
-@pytest.mark.parametrize("value", [3, None, "x", [], {"lr": object()}, {"lr": np.zeros(2)}, {"lr": [1j]}, {"lr": math.cos}])
+ENDLESS: dict[str, Any] = {}
+ENDLESS["_schedulers"] = [ENDLESS]
+NONE = [3, None, "x", [], {"lr": object()}, {"lr": np.zeros(2)}, {"lr": [1j]}, {"lr": math.cos}]
+WORSE = [ENDLESS, {"milestones": Counter({"a": 1, 2: 1})}, {"milestones": Counter({1: object()})}]
+
+
+@pytest.mark.parametrize("value", NONE + WORSE)
 def test_what_no_state_dict_holds_is_refused(value: Any) -> None:
     with pytest.raises(InvalidStateDictError, match="state_dict"):
         to_text(value)
@@ -67,6 +73,9 @@ def test_a_callable_objects_state_stays_with_the_object_as_in_torch() -> None:
     for absent in ([], [[None, abs]], [[]], [None]):
         with pytest.raises(InvalidStateDictError, match=r"lr_lambdas\[0\] has the state of a callable object"):
             check_functions(state_dict, absent)
+    for saved in (3, "x", [1]):
+        with pytest.raises(InvalidStateDictError, match=r"lr_lambdas\[0\] has the state"):
+            check_functions({"lr_lambdas": [saved]}, [[Factor(0.9)]])
     shared = Factor(0.9)
     load_functions({"lr_lambdas": [{"value": 0.25}, {"value": 0.25}]}, [shared])
     assert shared.value == 0.25

@@ -9,6 +9,7 @@ import torch
 from optserve.client import Server, _state_dict
 from optserve.wire import errors
 from optserve.wire.layout import Layout
+from optserve.wire.values import from_hyperparameters
 
 LAYOUT = Layout().extended(0, [("w", (3, 2), np.dtype(np.float32)), ("b", (2,), np.dtype(np.float32))])
 NAMES = [["w", "b"]]
@@ -122,23 +123,49 @@ def entry(**slots: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"state": {}}, "lacks 'param_groups'"),
-        ({"state": {}, "param_groups": [{"lr": 0.1}]}, "lacks 'params'"),
+        ({"state": {}}, "a state_dict must have 'state' and 'param_groups'; it lacks 'param_groups'"),
+        ({"state": {}, "param_groups": [{"lr": 0.1}]}, "param group 0 must have 'params'"),
+        (None, "a state_dict is a NoneType; it must be a dict"),
+        ({"state": [], "param_groups": [{"params": [0, 1]}]}, "the state is a list; it must be a dict"),
+        ({"state": {0: None}, "param_groups": [{"params": [0, 1]}]}, "the state of parameter 0 is a NoneType"),
+        ({"state": {}, "param_groups": {"params": [0, 1]}}, "param_groups is a dict; it must be a list"),
+        ({"state": {}, "param_groups": [[0, 1]]}, "param group 0 is a list; it must be a dict"),
+        ({"state": {}, "param_groups": [{"params": 0}]}, "params of group 0 is a int; it must be a list"),
+        ({"state": {}, "param_groups": [{"params": [[0], [1]]}]}, r"params name the parameter \[0\]"),
+        ({"state": {}, "param_groups": [{"params": [1, 1]}]}, "params name the parameter 1; each must have an id of its own"),
         ({"state": {}, "param_groups": []}, "different number of parameter groups: 0; the job has 1"),
         ({"state": {}, "param_groups": [{"params": [0]}]}, "group 0 has 1 parameters; the job's has 2"),
+        ({"state": {}, "param_groups": [{"params": [0, 1], "lr": object()}]}, "param group cannot be loaded: lr is <object"),
+        ({"state": {}, "param_groups": [{"params": [0, 1], 3: 0.1}]}, "a hyperparameter's name is 3 of type int"),
         ({"state": {7: {}}, "param_groups": [{"params": [0, 1]}]}, "parameter 7 is in no param group"),
+        ({"state": {0: {3: 1.0}}, "param_groups": [{"params": [0, 1]}]}, "the state of parameter 'w' has the key 3"),
         (entry(exp_avg="text"), "exp_avg of parameter 'w' has dtype"),
         (entry(exp_avg=[True, False]), "exp_avg of parameter 'w' has dtype bool; it must be an array of floats or complex"),
+        (entry(exp_avg=[[1.0], [2.0, 3.0]]), "exp_avg of parameter 'w' is a list that is no array"),
+        (entry(exp_avg=torch.ones(3, 2).to_sparse()), "exp_avg of parameter 'w' is a Tensor that is no array: .*Sparse"),
+        (entry(exp_avg=torch.ones(3, 2, device="meta")), "exp_avg of parameter 'w' is a Tensor that is no array: .*meta"),
         (
             entry(exp_avg=np.zeros((3, 2), np.complex64)),
             "exp_avg of parameter 'w' has dtype complex64; the parameter has dtype float32",
         ),
-        (entry(step="often"), "the step of parameter 'w' is 'often'"),
+        (entry(step="often"), "the step of parameter 'w' is no number: .*'often'"),
+        (entry(step=10**5000), "the step of parameter 'w' is no number"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_is_refused(saved: dict[str, Any], message: str) -> None:
+def test_a_state_dict_that_does_not_fit_is_refused(saved: Any, message: str) -> None:
     with pytest.raises(errors.InvalidStateDictError, match=message):
         _state_dict.parse(saved, NAMES, LAYOUT)
+
+
+def test_a_tensor_as_a_hyperparameter_is_its_number() -> None:
+    group = {"params": [0, 1], "lr": torch.tensor(0.5), "betas": (torch.tensor(0.25), torch.tensor(0.75))}
+    loading = _state_dict.parse({"state": {}, "param_groups": [group]}, NAMES, LAYOUT)
+    assert from_hyperparameters(loading.groups[0].hyperparameters) == {"lr": 0.5, "betas": (0.25, 0.75)}
+
+
+def test_what_float32_cannot_hold_is_infinite_and_nobody_is_warned() -> None:
+    loading = _state_dict.parse(entry(exp_avg=np.full((3, 2), 1e300), mu_product=1e300), NAMES, LAYOUT)
+    assert [np.isposinf(array).all() for _, _, array in loading.tensors] == [True, True]
 
 
 def test_scalars_and_factored_state_keep_their_own_shapes_and_reals_stay_real() -> None:

@@ -385,13 +385,15 @@ def test_a_pull_goes_on_through_this_clients_restore() -> None:
     assert transport.pulls == 2
 
 
-def test_a_counted_step_is_repeated_with_its_identity_and_count() -> None:
+def test_a_counted_step_is_repeated_with_its_identity_count_and_edits() -> None:
     answer = optimizer_pb2.StepScheduleResponse(
         position=position(3), schedule=optimizer_pb2.Schedule(name="StepLR", learning_rates=[0.1])
     )
     transport = Written([opened(0)], [opened(1)], unary=[AWAY, answer])
     worker = joined(transport)
+    worker.update_group(0, lr=0.5)
     assert worker.step_schedule().learning_rates == (0.1,)
     steps = [call for call in transport.calls if isinstance(call, optimizer_pb2.StepScheduleRequest)]
-    assert [(call.call.seq, call.count) for call in steps] == [(1, 5), (1, 5)]
+    assert [(call.call.seq, call.count, len(call.changes)) for call in steps] == [(1, 5, 1), (1, 5, 1)]
+    assert not worker._edits.to_proto()
     assert worker._session.schedule_steps == 5

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from optserve.client import Job, Server, Worker, errors
 
@@ -58,6 +59,28 @@ def test_a_schedule_that_cannot_be(
 ) -> None:
     with refused(kind, message):
         job.set_lr_schedule(name, **arguments)
+
+
+@pytest.mark.parametrize("name", ["", 3, torch.optim.lr_scheduler.StepLR])
+def test_a_name_that_is_none(job: Job, refused: Any, name: Any) -> None:
+    with refused(errors.UnknownScheduleError, "it must be torch's class name as text, or None"):
+        job.set_lr_schedule(name, step_size=3)
+
+
+def test_arguments_of_no_schedule(job: Job, refused: Any) -> None:
+    job.set_lr_schedule("StepLR", step_size=3)
+    with refused(errors.InvalidArgumentError, "no schedule takes no arguments; found step_size"):
+        job.set_lr_schedule(None, step_size=3)
+
+
+def test_an_argument_whose_name_is_no_text(job: Job, refused: Any) -> None:
+    with refused(errors.InvalidHyperparameterError, "it must be a list of"):
+        job.set_lr_schedule("ChainedScheduler", schedulers=[("StepLR", {3: 3})])
+
+
+def test_more_milestones_than_can_be_told_of(job: Job, refused: Any) -> None:
+    with refused(errors.InvalidArgumentError, "MultiStepLR has 70000 milestones; there may be 8192"):
+        job.set_lr_schedule("MultiStepLR", milestones=[*range(70_000)])
 
 
 def test_a_step_of_no_schedule(job: Job, worker: Worker, refused: Any) -> None:

@@ -154,6 +154,22 @@ def test_a_state_dict_taken_and_put_back_continues(server: Server, case: Any, al
     alike(job, straight)
 
 
+def test_a_rate_below_zero_that_a_schedule_left_comes_back(server: Server, small: Any) -> None:
+    """torch takes such a rate from a schedule, though from nobody else."""
+    job = server.create_job("j", small.groups(), optimizer="sgd", lr=0.5)
+    job.set_lr_schedule("LambdaLR", lr_lambda=lambda epoch: 1 - 2 * epoch)
+    job.step_schedule()
+    job.set_lr_schedule(None)
+    saved = job.state_dict()
+    job.save_checkpoint("c")
+    for again in (lambda: job.restore_checkpoint("c"), lambda: job.load_state_dict(saved)):
+        job.update_group(0, lr=0.25)
+        again()
+        assert [group["lr"] for group in job.param_groups] == [-0.5, -0.5]
+    with pytest.raises(errors.InvalidHyperparameterError, match="Invalid learning rate"):
+        job.update_group(0, lr=-0.5)
+
+
 def test_a_worker_goes_on_through_its_own_clients_restore(server: Server, small: Any, same: Any) -> None:
     job = server.create_job("j", small.draw(0), optimizer="sgd", lr=1.0)
     with job.join() as worker:

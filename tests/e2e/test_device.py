@@ -19,7 +19,7 @@ from optserve.server.app import App
 def device_app(request: pytest.FixtureRequest, start_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch) -> App:
     """A server that was started with `--backend cupy`."""
     found = backend_named(request.param)
-    monkeypatch.setattr(backends, "_cupy", lambda: found)
+    monkeypatch.setattr(backends, "_cupy", lambda _: found)
     app = start_app(backend="cupy")
     assert app.backend is found
     return app

@@ -307,7 +307,9 @@ def test_a_worker_that_joins_later_counts_from_where_the_job_stands(server: Serv
             assert first.step_schedule().last_epoch == 4
 
 
-def test_torchs_schedule_on_the_same_gradients(server: Server) -> None:
+@pytest.mark.parametrize("by", ["job", "worker"])
+@pytest.mark.parametrize("when", ["before the push", "before the step of the schedule", "after it"])
+def test_torchs_schedule_on_the_same_gradients(server: Server, by: str, when: str) -> None:
     torch = pytest.importorskip("torch")
     parameter = torch.nn.Parameter(torch.zeros(4))
     reference = torch.optim.SGD([parameter], lr=1.0)
@@ -315,16 +317,48 @@ def test_torchs_schedule_on_the_same_gradients(server: Server) -> None:
     job = server.create_job("j", {"w": np.zeros(4, np.float32)}, optimizer="sgd", lr=1.0)
     job.set_lr_schedule("CosineAnnealingLR", T_max=5)
     with job.join() as worker:
+
+        def edit(step: int, now: str) -> None:
+            if step == 3 and now == when:
+                reference.param_groups[0]["lr"] = 0.7
+                (job if by == "job" else worker).update_group(0, lr=0.7)
+
         for step in range(12):
+            edit(step, "before the push")
             parameter.grad = torch.ones(4)
             reference.step()
             worker.push(ONES)
-            if step == 3:
-                reference.param_groups[0]["lr"] = 0.7
-                job.update_group(0, lr=0.7)
+            edit(step, "before the step of the schedule")
             scheduler.step()
             worker.step_schedule()
             assert job.param_groups[0]["lr"] == reference.param_groups[0]["lr"]
+            edit(step, "after it")
+        np.testing.assert_allclose(worker.pull()["w"], parameter.detach().numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("consistency", ["sync", "async"])
+def test_an_edit_on_every_rank_before_a_step_of_the_schedule_is_one_edit(
+    server: Server, side_by_side: Any, workers: int, consistency: str
+) -> None:
+    job = server.create_job("j", {"w": np.zeros(4)}, optimizer="sgd", lr=1.0, workers=workers, consistency=consistency)
+    job.set_lr_schedule("ExponentialLR", gamma=0.5)
+    ranks = [job.join() for _ in range(workers)]
+
+    def work(worker: Any) -> None:
+        for rate in (0.75, 3.0):
+            worker.push({"w": np.ones(4)})
+            worker.update_group(0, lr=rate)
+            worker.step_schedule()
+
+    side_by_side([lambda worker=worker: work(worker) for worker in ranks])
+    assert job.param_groups[0]["lr"] == 1.5
+    found = [(event.kind, event.message) for event in job.events() if event.kind in ("group", "schedule")]
+    assert found[1:] == [
+        entry for rate in (0.75, 3.0) for entry in (("group", f"group 0: lr={rate}"), ("schedule", "schedule stepped"))
+    ]
+    for worker in ranks:
+        worker.leave()
 
 
 def test_a_waiting_pushs_edit_is_seen_by_its_step(app: App, until: Any) -> None:

@@ -177,6 +177,20 @@ def test_functions_of_two_processes_step_one_schedule(app: App) -> None:
             assert other.job("j").lr_schedule.last_epoch == 5
 
 
+def test_a_rank_that_is_behind_goes_on_after_a_restore_of_other_functions(server: Server) -> None:
+    job = create(server)
+    job.set_lr_schedule("LambdaLR", lr_lambda=wave)
+    job.save_checkpoint("c")
+    job.set_lr_schedule("LambdaLR", lr_lambda=tide)
+    with job.join() as first, job.join() as second:
+        first.step_schedule()
+        job.restore_checkpoint("c")
+        assert second.step_schedule(lr_lambda=wave).last_epoch == 0
+        assert second.step_schedule().learning_rates == (0.1 * wave(1), 0.3 * wave(1))
+        first.step_schedule()
+        assert job.lr_schedule.last_epoch == 1
+
+
 def test_a_schedule_of_schedules_with_functions_is_torchs(server: Server) -> None:
     def parts(found: Any) -> list[Any]:
         scheduler = torch.optim.lr_scheduler

@@ -148,3 +148,18 @@ def test_both_ways_in_float64(embedded: Server, case: Configuration) -> None:
 def test_both_ways_of_complex_parameters(embedded: Server, case: Configuration, dtype: Any) -> None:
     check_from_torch(embedded, case, dtype)
     check_to_torch(embedded, case, dtype)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+def test_a_torch_run_that_was_resumed_and_then_given_a_group_is_taken_over(embedded: Server, name: str) -> None:
+    """torch's load gives `differentiable` to the groups that come after it, though these two have no such option."""
+    first, second = (torch.ones(2, 3, requires_grad=True) for _ in range(2))
+    resumed = getattr(torch.optim, name)([first])
+    resumed.load_state_dict(resumed.state_dict())
+    resumed.add_param_group({"params": [second], "lr": 0.5})
+    assert [group.get("differentiable") for group in resumed.param_groups] == [None, False]
+    value = np.ones((2, 3), np.float32)
+    job = embedded.create_job(None, [{"params": {"first": value}}, {"params": {"second": value}}], optimizer=name)
+    job.load_state_dict(resumed.state_dict())
+    assert [group["lr"] for group in job.param_groups] == [group["lr"] for group in resumed.param_groups]
+    assert all("differentiable" not in group for group in job.param_groups)

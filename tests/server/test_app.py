@@ -17,7 +17,7 @@ import pytest
 
 from optserve.client import connect
 from optserve.server import backends
-from optserve.server.app import App, ServerConfig, start_line
+from optserve.server.app import App, ServerConfig, serve, start_line
 from optserve.v1 import workers_pb2
 from optserve.wire import errors
 
@@ -94,6 +94,21 @@ def test_the_start_line_says_why_no_gpu_is_used_if_it_was_to_be(
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec if name == "cupy" else find_spec(name))
         assert ("no GPU is used: it is elsewhere" in start_line(start_app(backend="auto"))) == installed
         assert "no GPU" not in start_line(start_app(backend="numpy"))
+
+
+def test_a_served_process_is_the_servers_own_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def refuse(name: str, owns_process: bool) -> None:
+        asked.append((name, owns_process))
+        raise errors.MissingExtraError("no backend here")
+
+    monkeypatch.setattr(backends, "select", refuse)
+    monkeypatch.setattr(sys.modules["optserve.server.app.serve"].allocator, "tune", lambda: True)
+    for begin in (App, serve):
+        with pytest.raises(errors.MissingExtraError, match="no backend here"):
+            begin(ServerConfig(address=None, backend="cupy"))
+    assert asked == [("cupy", False), ("cupy", True)]
 
 
 def test_the_start_line_says_what_survives(start_app: Callable[..., App], tmp_path: Path) -> None:

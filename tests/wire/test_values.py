@@ -57,7 +57,7 @@ def test_numpy_scalars_and_lists_count_as_python_values(value: object, expected:
 
 @pytest.mark.parametrize(
     "value",
-    [2**63, -(2**63) - 1, 1j, b"x", {}, object(), ("a",), (True,), np.zeros(2), (10**400,), "\ud800"],
+    [2**63, -(2**63) - 1, 1j, b"x", {}, object(), ("a",), (True,), np.zeros(2), (10**400,), 10**5000, (10**5000,), "\ud800"],
     ids=[
         "2**63",
         "-2**63-1",
@@ -69,12 +69,26 @@ def test_numpy_scalars_and_lists_count_as_python_values(value: object, expected:
         "bools",
         "array",
         "10**400 in a tuple",
+        "10**5000",
+        "10**5000 in a tuple",
         "surrogate",
     ],
 )
 def test_value_that_cannot_travel_is_refused_by_name(value: object) -> None:
     with pytest.raises(InvalidHyperparameterError, match="weight_decay is "):
         values.to_value("weight_decay", value)
+
+
+def test_a_refusal_is_short_whatever_was_given() -> None:
+    with pytest.raises(InvalidHyperparameterError) as caught:
+        values.to_value("betas", [[0.9] * 10_000])
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", [3, None, b"lr"])
+def test_a_name_that_is_no_text_is_refused(name: object) -> None:
+    with pytest.raises(InvalidHyperparameterError, match="a hyperparameter's name is"):
+        values.to_hyperparameters({name: 0.1})
 
 
 def test_a_tuple_cannot_be_none_where_it_has_no_number() -> None:

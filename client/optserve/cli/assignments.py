@@ -11,10 +11,6 @@ from optserve.cli import schedulers
 from optserve.wire.arguments import SCHEDULERS, ScheduleValue
 from optserve.wire.values import Value
 
-LISTS = ("betas", "milestones")
-"""Keys whose value is a list even if it has one number."""
-
-_WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 _NONE = re.compile(r"\bnone\b")
 """Within a list, as in Adafactor's eps=none,1e-3."""
 
@@ -36,16 +32,13 @@ class Assignment(click.ParamType):  # type: ignore[type-arg]  # generic from cli
                 return key, schedulers.parse(text)
             except ValueError as error:
                 self.fail(str(error), param, ctx)
-        found = _parse(text)
-        if key in LISTS and isinstance(found, int | float) and not isinstance(found, bool):
-            return key, (found,)
-        return key, found
+        return key, schedulers.listed(key, _parse(text))
 
 
 def _parse(text: str) -> Value:
     word = text.strip()
-    if word.lower() in _WORDS:
-        return _WORDS[word.lower()]
+    if word.lower() in schedulers.WORDS:
+        return schedulers.WORDS[word.lower()]
     try:
         found = ast.literal_eval(word if {"'", '"'} & set(word) else _NONE.sub("None", word))
     except (ValueError, SyntaxError):

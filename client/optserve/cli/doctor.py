@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -31,12 +32,16 @@ begin = time.perf_counter()
 numba.njit(nogil=True)(lambda values: values * 2)(numpy.ones(8, numpy.float32))
 print(f"{time.perf_counter() - begin:.2f}")
 """
-_GPU_PROBE = """
+_NO_GPU = "no GPU: "
+_GPU_PROBE = f"""
 import sys
 from optserve.server import backends
+from optserve.wire.errors import OptserveError
 why = backends.gpu_obstacle()
-print(" ".join(why.split()) if why else backends.select("cupy").description, file=sys.stderr if why else sys.stdout)
-sys.exit(why is not None)
+try:
+    print({_NO_GPU!r} + why if why else backends.select("cupy").description)
+except OptserveError as error:
+    sys.exit(str(error))
 """
 
 
@@ -87,22 +92,29 @@ def _backend() -> Finding:
         from optserve.server import backends
     except ImportError as error:
         return Finding("bad", "none", f"{error}; {pip_command('server')}")
-    if not missing(["cupy"]) and _probe(_GPU_PROBE)[0]:
-        return Finding("ok", "cupy", _USED)
+    gpu = _gpu()
+    if gpu.state != "note":
+        return replace(gpu, value="cupy")
     name = backends.select("numpy" if missing(["numba"]) else "numba").name
     if name == "numba":
         return Finding("ok", name, _USED)
     return Finding("note", name, f"NUMBA IS MISSING: updates run on NumPy, several times slower; {pip_command('server')}")
 
 
+@cache
 def _gpu() -> Finding:
-    """Why no GPU is used: CuPy, NVRTC, driver, device, in this order. In a process of its own, which compiles every kernel."""
-    works, line = _probe(_GPU_PROBE)
-    if works:
-        return Finding("ok", line, _USED)
-    if missing(["cupy"]) and not Path("/proc/driver/nvidia/version").exists():
+    """Why no GPU is used: CuPy, NVRTC, driver, device, in this order. In a process of its own, which compiles every kernel.
+
+    "bad" if there is one that does not work, for a server takes it.
+    """
+    if missing(["cupy"]) and not (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
         return Finding("note", "not used", "there is no NVIDIA driver on this machine, and no CuPy")
-    return Finding("note", "not used", line)
+    works, line = _probe(_GPU_PROBE)
+    if not works:
+        return Finding("bad", "does not work", f"{line}; without it: optserve serve --backend numba")
+    if line.startswith(_NO_GPU):
+        return Finding("note", "not used", line.removeprefix(_NO_GPU))
+    return Finding("ok", line, _USED)
 
 
 def _cores() -> Finding:
@@ -175,6 +187,7 @@ def _server(address: str) -> Finding:
 def examine(address: str | None) -> dict[str, Finding]:
     """Looks at everything. A look that breaks is itself a finding, for this is what one runs on a broken machine."""
     findings: dict[str, Finding] = {}
+    _gpu.cache_clear()
     for name, look in LOOKS.items():
         try:
             findings[name] = look()

@@ -102,7 +102,7 @@ def text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, tuple | list):
-        return ", ".join(text(entry) for entry in value)
+        return ", ".join("none" if entry is None else text(entry) for entry in value)
     return str(value)
 
 

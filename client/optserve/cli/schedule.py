@@ -9,7 +9,7 @@ import click
 
 from optserve.cli.assignments import Assignment, collect
 from optserve.cli.options import example, json_option, opened, server_option
-from optserve.cli.output import print_json, print_pairs, text
+from optserve.cli.output import print_json, print_pairs
 from optserve.wire.arguments import SCHEDULERS, WITH_FUNCTIONS, ScheduleValue, pairs
 from optserve.wire.errors import InvalidArgumentError, MissingFunctionError
 
@@ -35,7 +35,7 @@ def document(found: Schedule | None) -> dict[str, object]:
 
 
 def describe(found: Schedule) -> str:
-    """As torch's call would be written."""
+    """As torch's call would be written, and as `schedulers=` reads it again."""
     return _call(found.name, found.arguments)
 
 
@@ -47,8 +47,9 @@ def _argument(key: str, value: object) -> str:
     if key == SCHEDULERS:
         return f"[{', '.join(_call(name, inner) for name, inner in pairs(key, value))}]"
     if isinstance(value, tuple):
-        return f"({text(value)},)" if len(value) == 1 else f"({text(value)})"
-    return text(value)
+        entries = [_argument(key, entry) for entry in value]
+        return f"({entries[0]},)" if len(entries) == 1 else f"({', '.join(entries)})"
+    return str(value).removesuffix(".0")
 
 
 def _print(found: Schedule | None, as_json: bool) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 
 from optserve.wire.arguments import SCHEDULERS, Entry, ScheduleValue
+from optserve.wire.values import Value
 
-_WORDS: dict[str, ScheduleValue] = {"true": True, "false": False, "none": None}
+WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
+
+_LISTS = ("betas", "milestones")
+"""Keys whose value is a list even if it has one number."""
 
 
 def parse(text: str) -> tuple[Entry, ...]:
@@ -19,6 +23,13 @@ def parse(text: str) -> tuple[Entry, ...]:
         raise ValueError(f"{text!r} is no list of schedules")
     inner = tree.elts[0] if len(tree.elts) == 1 else None
     return _entries(inner if isinstance(inner, ast.List) else tree)
+
+
+def listed(key: str, value: Value) -> Value:
+    """The value, but one number as a list where a list is wanted."""
+    if key in _LISTS and isinstance(value, int | float) and not isinstance(value, bool):
+        return (value,)
+    return value
 
 
 def _entries(tree: ast.List) -> tuple[Entry, ...]:
@@ -42,7 +53,7 @@ def _value(key: str, node: ast.expr) -> ScheduleValue:
             raise ValueError(f"schedulers={ast.unparse(node)} is no list of schedules: put it in brackets")
         return _entries(node)
     if isinstance(node, ast.Name):
-        return _WORDS.get(node.id.lower(), node.id)
+        return WORDS.get(node.id.lower(), node.id)
     try:
         found = ast.literal_eval(node)
     except ValueError:
@@ -50,5 +61,5 @@ def _value(key: str, node: ast.expr) -> ScheduleValue:
     if isinstance(found, list | tuple) and all(isinstance(entry, int | float) for entry in found):
         return tuple(found)
     if found is None or isinstance(found, bool | int | float | str):
-        return found
+        return listed(key, found)
     raise ValueError(f"{key}={ast.unparse(node)} is no number, word or list of numbers")

@@ -1,13 +1,13 @@
-"""What a worker's update_group() has changed and none of its pushes has brought to the job yet."""
+"""What a worker's update_group() has changed, and none of its pushes and steps of the schedule has brought to the job yet."""
 
 from __future__ import annotations
 
 from optserve.client._connection import logger
 from optserve.v1 import types_pb2 as pb
-from optserve.wire.errors import NonfiniteGradientError, RoundError
+from optserve.wire.errors import InvalidArgumentError, MissingFunctionError, NonfiniteGradientError, RoundError
 
-_NOT_TO_BLAME = (NonfiniteGradientError, RoundError)
-"""The round applied nothing, whatever was changed: the next push brings it again."""
+_NOT_TO_BLAME = (InvalidArgumentError, MissingFunctionError, NonfiniteGradientError, RoundError)
+"""Nothing was applied, whatever was changed: the next call brings it again."""
 
 
 class Edits:
@@ -21,7 +21,7 @@ class Edits:
         return "; ".join(f"group {group}: {', '.join(entries)}" for group, entries in self._noted.items())
 
     def note(self, group: int, changes: list[pb.Hyperparameter], restores: frozenset[str]) -> None:
-        """For the next push; of one hyperparameter the last value. `restores`: what the client itself had restored by then."""
+        """For the next call; of one hyperparameter the last value. `restores`: what the client itself had restored by then."""
         self.forget(restores)
         if changes:
             self._restores = restores
@@ -31,7 +31,7 @@ class Edits:
         return [pb.GroupChange(group=group, hyperparameters=entries.values()) for group, entries in self._noted.items()]
 
     def applied(self) -> None:
-        """A push has brought it all."""
+        """A call has brought it all."""
         self._noted.clear()
 
     def forget(self, restores: frozenset[str]) -> None:
@@ -41,7 +41,7 @@ class Edits:
             self._noted.clear()
 
     def failed(self, error: BaseException) -> None:
-        """A push was not applied, or it is not known whether it was: drops what it brought, and has the error say so."""
+        """A call was not applied, or it is not known whether it was: drops what it brought, and has the error say so."""
         if self._noted and not isinstance(error, _NOT_TO_BLAME):
-            error.add_note(f"What update_group had changed ({self}) is dropped with this push; call it again if it is to hold.")
+            error.add_note(f"What update_group had changed ({self}) is dropped with this call; call it again if it is to hold.")
             self._noted.clear()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from optserve.v1 import optimizer_pb2
-from optserve.wire.arguments import SCHEDULERS, WITH_FUNCTIONS, Factors, pairs
+from optserve.wire.arguments import SCHEDULERS, WITH_FUNCTIONS, Bounds, Factors, pairs
 from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError, MissingFunctionError
 from optserve.wire.values import plain
 
@@ -36,8 +36,14 @@ Call = Callable[[Given], Answer]
 def split(name: str, arguments: Mapping[str, object]) -> tuple[dict[str, object], list[LrLambdas]]:
     """A schedule's arguments without functions, and those in depth-first order.
 
-    InvalidHyperparameterError for a function that is missing, no function, or where none may be.
+    InvalidHyperparameterError for a function that is missing, no function, or where none may be, and for schedules that are
+    nested too deep.
     """
+    return _split(name, arguments, 1, Bounds())
+
+
+def _split(name: str, arguments: Mapping[str, object], depth: int, bounds: Bounds) -> tuple[dict[str, object], list[LrLambdas]]:
+    bounds.enter(depth)
     rest: dict[str, object] = {}
     functions: list[LrLambdas] = []
     calls = name.lower() in WITH_FUNCTIONS
@@ -49,7 +55,7 @@ def split(name: str, arguments: Mapping[str, object]) -> tuple[dict[str, object]
         if calls and key == LR_LAMBDA:
             functions.append(checked(value))
         elif key == SCHEDULERS:
-            parts = [(part, *split(part, inner)) for part, inner in pairs(key, value)]
+            parts = [(part, *_split(part, inner, depth + 1, bounds)) for part, inner in pairs(key, value)]
             rest[key] = [(part, inner) for part, inner, _ in parts]
             functions += [function for *_, inner in parts for function in inner]
         elif callable(value):
@@ -81,16 +87,24 @@ def _factors(functions: LrLambdas, epoch: int) -> Factors:
 
 def number(metric: float | None) -> float | None:
     """A metric as it is sent: a float, a NumPy or torch scalar. InvalidArgumentError for anything else."""
-    found = plain(metric)
-    if found is not None and not isinstance(found, int | float):
-        raise InvalidArgumentError(f"metric is {metric!r} of type {type(metric).__name__}; it must be a number")
-    return None if found is None else float(found)
+    try:
+        return None if metric is None else _float(metric)
+    except (TypeError, OverflowError):
+        raise InvalidArgumentError(f"metric is {metric!r} of type {type(metric).__name__}; it must be a number") from None
 
 
 def _number(value: object, epoch: int) -> float:
+    try:
+        return _float(value)
+    except (TypeError, OverflowError):
+        raise InvalidHyperparameterError(f"lr_lambda gave {value!r} at epoch {epoch}; it must be a number") from None
+
+
+def _float(value: object) -> float:
+    """TypeError, OverflowError: it is none, or too large an int."""
     found = plain(value)
     if not isinstance(found, int | float):
-        raise InvalidHyperparameterError(f"lr_lambda gave {value!r} at epoch {epoch}; it must be a number")
+        raise TypeError
     return float(found)
 
 

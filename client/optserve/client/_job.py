@@ -22,7 +22,13 @@ from optserve.client._worker_session import WorkerSession
 from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, state_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire.arguments import to_arguments
-from optserve.wire.errors import InvalidArgumentError, ProtocolViolationError, ReadOnlyError, UnknownParameterError
+from optserve.wire.errors import (
+    InvalidArgumentError,
+    ProtocolViolationError,
+    ReadOnlyError,
+    UnknownParameterError,
+    UnknownScheduleError,
+)
 from optserve.wire.layout import Layout
 from optserve.wire.methods import Item
 from optserve.wire.values import to_hyperparameters
@@ -163,8 +169,11 @@ class Job:
         ChainedScheduler is a list of (class name, arguments) pairs. The functions of LambdaLR and MultiplicativeLR stay in
         this process, for this Job and the workers that joined from it; only what they give is sent, step by step.
 
-        UnknownScheduleError for the name or an argument's, InvalidHyperparameterError for a value: nothing changed.
+        UnknownScheduleError for the name or an argument's, InvalidHyperparameterError for a value, InvalidArgumentError for
+        more than a message can tell of: nothing changed.
         """
+        if name is not None and not (isinstance(name, str) and name):
+            raise UnknownScheduleError(f"schedule {name!r} is not known; it must be torch's class name as text, or None")
         rest, functions = _functions.split(name or "", arguments)
         wired = to_arguments(rest)
 
@@ -185,7 +194,8 @@ class Job:
         MultiplicativeLR that another process has set, or a list of one a group; a list of those in depth-first order if
         several schedules in it call functions. It is kept for later steps.
 
-        InvalidArgumentError if there is no schedule, or for a metric or function that it does not take or lacks.
+        InvalidArgumentError if there is no schedule, or for a metric that it does not take or lacks; MissingFunctionError if it
+        calls functions and none were given here.
         """
 
         value = _functions.number(metric)

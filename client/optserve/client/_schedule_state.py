@@ -29,7 +29,10 @@ def to_text(state_dict: Mapping[str, Any]) -> str:
     """The inverse; numbers may be NumPy's or torch's. InvalidStateDictError for what no state_dict of torch's holds."""
     if not isinstance(state_dict, Mapping):
         raise InvalidStateDictError(f"a schedule's state_dict is a dict; found a {type(state_dict).__name__}")
-    return json.dumps(_json(state_dict, "the state_dict"))
+    try:
+        return json.dumps(_json(state_dict, "the state_dict"))
+    except (TypeError, RecursionError) as error:
+        raise InvalidStateDictError(f"the state_dict cannot be sent: {error}") from error
 
 
 def _json(value: Any, where: str) -> Any:
@@ -61,7 +64,7 @@ def check_functions(state_dict: Mapping[str, Any], functions: Sequence[Any]) -> 
     """InvalidStateDictError if a state_dict has the state of a callable object that is not here."""
     for index, entries in enumerate(_saved(state_dict)):
         for group, saved in enumerate(entries):
-            if saved is not None and not hasattr(_object(functions, index, group), "__dict__"):
+            if saved is not None and not (isinstance(saved, Mapping) and hasattr(_object(functions, index, group), "__dict__")):
                 raise InvalidStateDictError(
                     f"lr_lambdas[{group}] has the state of a callable object, and this client holds none; set the schedule "
                     "with one, or leave None there"

@@ -13,7 +13,7 @@ from optserve.client._info import CONSISTENCY, ON_MISSING, ON_NONFINITE
 from optserve.v1 import jobs_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import dtypes
-from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError
+from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, InvalidNameError, UnknownOptimizerError
 from optserve.wire.layout import Layout
 from optserve.wire.names import nearest
 from optserve.wire.values import to_hyperparameters
@@ -128,6 +128,10 @@ def job_spec(
     name: str | None, groups: list[Group], optimizer: str, defaults: Mapping[str, object], rules: Rules
 ) -> jobs_pb2.JobSpec:
     """The spec of a new job; the server checks what is the server's to check."""
+    if name is not None and not isinstance(name, str):
+        raise InvalidNameError(f"a job's name is of type {type(name).__name__}; it must be a str, or None")
+    if not isinstance(optimizer, str):
+        raise UnknownOptimizerError(f'optimizer is {optimizer!r}; it must be the name of one, as in optimizer="adam"')
     for what, count in (("workers", rules.workers), ("quorum", rules.quorum)):
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 1 << 32:
             raise InvalidArgumentError(f"{what} is {count!r}; it must be a whole number of at least 1")

@@ -5,8 +5,9 @@ Deviations from torch's: `param_names` is always there, the state of 16-bit para
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from optserve.v1 import state_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import dtypes
 from optserve.wire.bundle import Tensor
-from optserve.wire.errors import InvalidStateDictError
+from optserve.wire.errors import InvalidHyperparameterError, InvalidStateDictError
 from optserve.wire.layout import Layout
 from optserve.wire.values import from_hyperparameters, to_hyperparameters
 
@@ -62,13 +63,10 @@ def parse(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]], layout:
 
     InvalidStateDictError if it does not fit the job's groups and parameters.
     """
-    try:
-        state, saved_groups = state_dict["state"], state_dict["param_groups"]
-        ids = [list(group["params"]) for group in saved_groups]
-    except (KeyError, TypeError) as error:
-        raise InvalidStateDictError(
-            f'a state_dict has the keys "state" and "param_groups", each group "params"; this one lacks {error}'
-        ) from None
+    whole = _dict(state_dict, "a state_dict", "state", "param_groups")
+    saved_groups = _list(whole["param_groups"], "param_groups")
+    groups = [_dict(group, f"param group {index}", "params") for index, group in enumerate(saved_groups)]
+    ids = [_list(group["params"], f"params of group {index}") for index, group in enumerate(groups)]
     if len(ids) != len(names):
         raise InvalidStateDictError(
             f"loaded state dict has a different number of parameter groups: {len(ids)}; the job has {len(names)}"
@@ -79,43 +77,54 @@ def parse(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]], layout:
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                 f"group {index} has {len(found)} parameters; the job's has {len(wanted)}"
             )
-    by_id = {key: name for found, wanted in zip(ids, names, strict=True) for key, name in zip(found, wanted, strict=True)}
-    loading = Loading(_groups(saved_groups, names), {}, [])
-    for key, entry in state.items():
+    by_id: dict[Any, str] = {}
+    for key, name in zip(chain.from_iterable(ids), chain.from_iterable(names), strict=True):
+        if not isinstance(key, Hashable) or key in by_id:
+            raise InvalidStateDictError(f"params name the parameter {key!r}; each must have an id of its own")
+        by_id[key] = name
+    loading = Loading([_group(group, wanted) for group, wanted in zip(groups, names, strict=True)], {}, [])
+    for key, entry in _dict(whole["state"], "the state").items():
         if key not in by_id:
             raise InvalidStateDictError(f"the state of parameter {key!r} is in no param group")
-        _add(loading, by_id[key], entry, layout)
+        _add(loading, by_id[key], _dict(entry, f"the state of parameter {key!r}"), layout)
     return loading
 
 
-def _groups(saved: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[pb.Group]:
-    return [
-        pb.Group(
-            hyperparameters=to_hyperparameters({key: _number(value) for key, value in group.items() if key not in _NOT_STATE}),
-            parameters=wanted,
-        )
-        for group, wanted in zip(saved, names, strict=True)
-    ]
+def _dict(value: object, what: str, *keys: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidStateDictError(f"{what} is a {type(value).__name__}; it must be a dict")
+    for key in keys:
+        if key not in value:
+            raise InvalidStateDictError(f"{what} must have {' and '.join(map(repr, keys))}; it lacks {key!r}")
+    return value
 
 
-def _number(value: object) -> object:
-    """torch allows a tensor as lr or beta."""
-    if isinstance(value, tuple | list):
-        return tuple(_number(entry) for entry in value)
-    item = getattr(value, "item", None)
-    return item() if item is not None and getattr(value, "shape", None) == () else value
+def _list(value: object, what: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise InvalidStateDictError(f"{what} is a {type(value).__name__}; it must be a list")
+    return list(value)
 
 
-def _add(loading: Loading, name: str, entry: Mapping[str, Any], layout: Layout) -> None:
+def _group(saved: Mapping[Any, Any], names: Sequence[str]) -> pb.Group:
+    hyperparameters = {key: value for key, value in saved.items() if key not in _NOT_STATE}
+    try:
+        return pb.Group(hyperparameters=to_hyperparameters(hyperparameters), parameters=names)
+    except InvalidHyperparameterError as error:
+        raise InvalidStateDictError(f"a param group cannot be loaded: {error}") from error
+
+
+def _add(loading: Loading, name: str, entry: Mapping[Any, Any], layout: Layout) -> None:
     place = layout.place(name)
     slots = {slot: value for slot, value in entry.items() if slot != "step" and value is not None}
     if "step" in entry:
         try:
             loading.steps[name] = float(entry["step"])
-        except (TypeError, ValueError):
-            raise InvalidStateDictError(f"the step of parameter {name!r} is {entry['step']!r}, which is no number") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidStateDictError(f"the step of parameter {name!r} is no number: {error}") from error
     wanted = dtypes.state_dtype(place.dtype)
     for slot, value in slots.items():
+        if not isinstance(slot, str):
+            raise InvalidStateDictError(f"the state of parameter {name!r} has the key {slot!r}; keys are str")
         array = _array(value, f"{slot} of parameter {name!r}")
         is_complex = array.dtype.kind == "c"
         if is_complex and not place.is_complex:
@@ -123,22 +132,32 @@ def _add(loading: Loading, name: str, entry: Mapping[str, Any], layout: Layout) 
                 f"{slot} of parameter {name!r} has dtype {array.dtype}; the parameter has dtype {place.dtype}"
             )
         # What must be complex, what has another shape than its parameter, and what is a scalar: the server's to say.
-        loading.tensors.append((name, slot, array.astype(wanted if is_complex else dtypes.storage_dtype(wanted), copy=False)))
+        with np.errstate(over="ignore"):  # beyond float32 is infinite there, as in torch
+            array = array.astype(wanted if is_complex else dtypes.storage_dtype(wanted), copy=False)
+        loading.tensors.append((name, slot, array))
 
 
-def _array(value: Any, what: str) -> Array:
+def _array(value: object, what: str) -> Array:
+    """InvalidStateDictError unless it is an array of numbers."""
+    try:
+        array = _converted(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a meta tensor
+        raise InvalidStateDictError(f"{what} is a {type(value).__name__} that is no array: {error}") from error
+    if array.dtype.kind not in "fiuc" and array.dtype.name != "bfloat16":
+        raise InvalidStateDictError(f"{what} has dtype {array.dtype}; it must be an array of floats or complex numbers")
+    return array
+
+
+def _converted(value: Any) -> Array:
     """Anything that NumPy takes, and torch's tensors without importing torch: detached, on the CPU, bfloat16 widened."""
     for method in ("detach", "cpu", "resolve_conj", "resolve_neg"):
         convert = getattr(value, method, None)
         if callable(convert):
             value = convert()
     try:
-        array = np.asarray(value)
+        return np.asarray(value)
     except TypeError:
         widen = getattr(value, "float", None)
         if not callable(widen):
-            raise InvalidStateDictError(f"{what} is a {type(value).__name__}; it must be an array") from None
-        array = np.asarray(widen())
-    if array.dtype.kind not in "fiuc" and array.dtype.name != "bfloat16":
-        raise InvalidStateDictError(f"{what} has dtype {array.dtype}; it must be an array of floats or complex numbers")
-    return array
+            raise
+        return np.asarray(widen())

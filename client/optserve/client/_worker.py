@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypeVar
 
 from optserve.client import _functions, _gradients, _weights
 from optserve.client._connection import logger
@@ -36,6 +36,7 @@ from optserve.wire.errors import (
 from optserve.wire.values import to_hyperparameters
 
 Metrics = Mapping[str, float]
+Result = TypeVar("Result")
 
 
 class Worker:
@@ -148,14 +149,14 @@ class Worker:
             return self._send_and_pull(_gradients.skipped(self._session.layout, metrics), out, restores)
 
     def update_group(self, index: int, /, **hyperparameters: object) -> None:
-        """Edits hyperparameters of one group with this worker's next push: they hold from that push's step on, for the job.
+        """Edits hyperparameters of one group with this worker's next push or step_schedule(): they hold from there on.
 
-        For scripts that every rank runs; Job.update_group edits at once. UnknownParameterError for the index and
-        InvalidHyperparameterError for what cannot be sent are raised here, all else by the push, which then applies nothing:
-        UnknownHyperparameterError, InvalidHyperparameterError, and RanksDisagreeError on every rank of a round in which two
-        give different values (one that changes nothing agrees). These drop the edit, as does an error that leaves open
-        whether the push was applied; after NonfiniteGradientError, RoundFailedError and RoundTimeoutError the next push
-        brings it. A round that is skipped brings it too. A step_schedule() before that push does not see the edit.
+        For scripts that every rank runs; Job.update_group edits at once. A push steps with the new values, a schedule from
+        them. UnknownParameterError for the index and InvalidHyperparameterError for what cannot be sent are raised here, all
+        else by the next call, which then applies nothing: UnknownHyperparameterError, InvalidHyperparameterError, and
+        RanksDisagreeError on every rank of a round in which two give different values (one that changes nothing agrees). These
+        drop the edit, as does an error that leaves open whether the call was applied; after NonfiniteGradientError,
+        RoundFailedError and RoundTimeoutError the next one brings it. A round that is skipped brings it too.
         """
         index, changes = operator.index(index), to_hyperparameters(hyperparameters)
         restores = self._session.restores()
@@ -167,9 +168,9 @@ class Worker:
     def step_schedule(self, metric: float | None = None, *, lr_lambda: LrLambdas | None = None) -> Schedule | None:
         """Steps the learning-rate schedule, counted: the k-th call of any rank is the job's k-th step, applied once.
 
-        `metric` and `lr_lambda` as in Job.step_schedule; every rank brings the same. A rank that is behind calls its functions
-        at the epochs of its own k-th step. Returns the schedule as it stands; None if another rank made this step and the
-        schedule was removed since.
+        `metric` and `lr_lambda` as in Job.step_schedule; every rank brings the same, as it does what update_group() has
+        changed since its last push or step. A rank that is behind calls its functions at the epochs of its own k-th step.
+        Returns the schedule as it stands; None if another rank made this step and the schedule was removed since.
 
         InvalidArgumentError if there is none, or for a metric that it does not take or lacks; MissingFunctionError if it calls
         functions and none were given here; RanksDisagreeError, with both values, if another rank's step had others.
@@ -185,6 +186,7 @@ class Worker:
                     factors=given.factors,
                     setting=given.setting,
                     groups_version=session.groups.version(identity.seen),
+                    changes=self._edits.to_proto(),
                 )
                 try:
                     answer = session.connection.once(request, optimizer_pb2.StepScheduleResponse)
@@ -194,9 +196,10 @@ class Worker:
                 session.settle()
                 session.applied(identity.seq, answer.position)
                 session.groups.told(answer.changed_groups)
+                self._edits.applied()
                 return answer
 
-            return session.call(step, restores)
+            return self._bring_edits(step, restores)
 
         restores = session.restores()
         with self._turn():
@@ -230,7 +233,7 @@ class Worker:
     def _turn(self) -> Iterator[None]:
         """The lock, once no push_pull_async is under way. What came of that is its future's to tell.
 
-        Whatever call learns of a roll back, the edits that no push has brought are of the state that is gone.
+        Whatever call learns of a roll back, the edits that none has brought are of the state that is gone.
         """
         while True:
             pending = self._pending
@@ -325,9 +328,13 @@ class Worker:
             self._session.settle()
             return step
 
+        return self._bring_edits(exchange, restores)
+
+    def _bring_edits(self, action: Callable[[Stream, pb.CallIdentity], Result], restores: frozenset[str]) -> Result:
+        """WorkerSession.call of an action that sends the edits and, once they are applied, says so. The lock is held."""
         self._edits.forget(restores)
         try:
-            return self._session.call(exchange, restores)
+            return self._session.call(action, restores)
         except BaseException as error:
             self._edits.failed(error)
             raise

@@ -117,20 +117,22 @@ class SetScheduleResponse(_message.Message):
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
 
 class StepScheduleRequest(_message.Message):
-    __slots__ = ("call", "count", "metric", "groups_version", "factors", "setting")
+    __slots__ = ("call", "count", "metric", "groups_version", "factors", "setting", "changes")
     CALL_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
     GROUPS_VERSION_FIELD_NUMBER: _ClassVar[int]
     FACTORS_FIELD_NUMBER: _ClassVar[int]
     SETTING_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
     call: _types_pb2.CallIdentity
     count: int
     metric: float
     groups_version: int
     factors: _containers.RepeatedCompositeFieldContainer[Factors]
     setting: str
-    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., count: _Optional[int] = ..., metric: _Optional[float] = ..., groups_version: _Optional[int] = ..., factors: _Optional[_Iterable[_Union[Factors, _Mapping]]] = ..., setting: _Optional[str] = ...) -> None: ...
+    changes: _containers.RepeatedCompositeFieldContainer[_types_pb2.GroupChange]
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., count: _Optional[int] = ..., metric: _Optional[float] = ..., groups_version: _Optional[int] = ..., factors: _Optional[_Iterable[_Union[Factors, _Mapping]]] = ..., setting: _Optional[str] = ..., changes: _Optional[_Iterable[_Union[_types_pb2.GroupChange, _Mapping]]] = ...) -> None: ...
 
 class StepScheduleResponse(_message.Message):
     __slots__ = ("position", "schedule", "changed_groups")

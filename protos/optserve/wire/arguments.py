@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,20 +94,19 @@ def _to(arguments: Mapping[str, object], depth: int, bounds: Bounds) -> list[pb.
 
 def pairs(name: str, value: object) -> list[tuple[str, Mapping[str, Any]]]:
     """A list of schedules in schedules as (name, arguments) pairs. InvalidHyperparameterError if it is none."""
-    if not isinstance(value, list | tuple):
-        raise _refused(name, value)
-    for entry in value:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise _refused(name, value)
-        if not isinstance(entry[0], str) or not isinstance(entry[1], Mapping):
-            raise _refused(name, value)
+    if not isinstance(value, list | tuple) or not all(map(_is_pair, value)):
+        raise InvalidHyperparameterError(
+            f"{name} is {reprlib.repr(value)}; it must be a list of (class name, arguments) like "
+            '[("StepLR", {"step_size": 30})]'
+        )
     return [(entry[0], entry[1]) for entry in value]
 
 
-def _refused(name: str, value: object) -> InvalidHyperparameterError:
-    return InvalidHyperparameterError(
-        f'{name} is {value!r}; it must be a list of (class name, arguments) like [("StepLR", {{"step_size": 30}})]'
-    )
+def _is_pair(entry: object) -> bool:
+    if not isinstance(entry, list | tuple) or len(entry) != 2:
+        return False
+    name, arguments = entry
+    return isinstance(name, str) and isinstance(arguments, Mapping) and all(isinstance(key, str) for key in arguments)
 
 
 def from_arguments(entries: Iterable[pb.Hyperparameter]) -> dict[str, ScheduleValue]:

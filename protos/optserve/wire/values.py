@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 
 from optserve.v1 import types_pb2 as pb
@@ -29,11 +30,18 @@ def to_value(name: str, value: object) -> pb.Value:
             none = [index for index, entry in enumerate(value) if entry is None]
             return pb.Value(numbers=pb.NumberList(values=[0.0 if entry is None else entry for entry in value], none=none))
     except (ValueError, OverflowError) as error:  # an int of more than 64 bits, a str that is no text
-        raise InvalidHyperparameterError(f"{name} is {value!r}, which cannot be sent: {error}") from error
+        raise InvalidHyperparameterError(f"{name} is {_shown(value)}, which cannot be sent: {error}") from error
     raise InvalidHyperparameterError(
-        f"{name} is {value!r} of type {type(value).__name__}; "
+        f"{name} is {_shown(value)} of type {type(value).__name__}; "
         "allowed are None, bool, int, float, str and tuples of numbers and None"
     )
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no int of more than 4300 digits
+        return "a number of too many digits to be shown"
 
 
 def plain(value: object) -> object:
@@ -71,8 +79,16 @@ def _from_numbers(numbers: pb.NumberList) -> tuple[float | None, ...]:
 
 
 def to_hyperparameters(values: Mapping[str, object]) -> list[pb.Hyperparameter]:
-    """A mapping in its order."""
-    return [pb.Hyperparameter(name=name, value=to_value(name, value)) for name, value in values.items()]
+    """A mapping in its order. InvalidHyperparameterError for a name that is no text, or a value that cannot be sent."""
+    return [pb.Hyperparameter(name=_text(name), value=to_value(name, value)) for name, value in values.items()]
+
+
+def _text(name: object) -> str:
+    if not isinstance(name, str):
+        raise InvalidHyperparameterError(
+            f"a hyperparameter's name is {_shown(name)} of type {type(name).__name__}; it must be a str"
+        )
+    return name
 
 
 def from_hyperparameters(entries: Iterable[pb.Hyperparameter]) -> dict[str, Value]:

@@ -127,6 +127,8 @@ class ScheduleStepped:
     factors: tuple[Factors, ...] = ()
     setting: str = ""
     """Of the schedule, that the functions were given for which gave the factors."""
+    changes: Changes = field(default_factory=dict)
+    """The groups have these before the schedule steps."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 import threading
 import tracemalloc
 from typing import Any
@@ -187,9 +189,38 @@ def test_backends_are_selected_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_is_taken_where_nothing_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "gpu_obstacle", lambda: None)
-    monkeypatch.setattr(backends, "_cupy", lambda: select("numpy"))
+    monkeypatch.setattr(backends, "_cupy", lambda _: select("numpy"))
     assert select("auto") is select("cupy") is select("numpy")
     assert select("numba").name == "numba"
+
+
+_WITHOUT_A_DEVICE = """
+import os
+from optserve.server import backends
+from optserve.server.backends.cupy import backend, device, thread
+device.CupyDevice = lambda: None
+backend.CupyBackend = lambda _device, thread, _host: thread
+thread.DeviceThread = lambda _device, end: (end.__name__,)
+"""
+
+
+def test_only_a_servers_own_process_ends_with_its_gpu() -> None:
+    code = "print(*backends._cupy(True), *backends._cupy(False))"
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_A_DEVICE + code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["end_process", "refuse_all"]
+
+
+def test_a_forked_child_does_not_take_its_parents_device_for_its_own() -> None:
+    code = """
+found = backends._cupy(False)
+assert backends._cupy(False) is found
+child = os.fork()
+if not child:
+    os._exit(backends._cupy(False) is found)
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_A_DEVICE + code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 def test_without_cupy_the_error_says_which_extra_is_for_which_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from optserve.server.jobs.counted import CountedSteps, Made
+from optserve.server.records import Changes
 from optserve.wire.arguments import Factors
 from optserve.wire.errors import MissingFunctionError, RanksDisagreeError
 
@@ -42,6 +43,36 @@ def test_ranks_that_disagree_on_the_factors_are_told_both() -> None:
         made(3, None, Factors(7, (0.5, 0.25))).check(3, mine(None, Factors(7, (0.5,), True)))
     with pytest.raises(RanksDisagreeError, match=r"this rank has 0.75 \(schedule 1 of those with functions\)"):
         steps.check(3, mine(None, Factors(-1), Factors(7, (0.75,), True)))
+
+
+def changed(changes: Changes, metric: float | None = 0.5) -> Made:
+    return Made("s/1", metric, (), changes)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [({}, {0: {}}), ({0: {"lr": 1.0, "foreach": None}}, {1: {}, 0: {"foreach": None, "lr": 1}}), ({2: {"lr": 0.5}},) * 2],
+)
+def test_the_same_changes_agree_however_they_are_said(theirs: Changes, ours: Changes) -> None:
+    steps = CountedSteps()
+    steps.note(3, changed(theirs))
+    steps.check(3, changed(ours))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({0: {"lr": 0.5}}, {0: {"lr": 0.25}}, r"lr of group 0 changed to 0\.5, this rank has it changed to 0\.25"),
+        ({1: {"foreach": None}}, {}, "foreach of group 1 changed to None, this rank has it unchanged"),
+        ({0: {"lr": 0.5}}, {0: {"lr": 0.5, "momentum": 0.9}}, r"momentum of group 0 unchanged, .* changed to 0\.9"),
+        ({0: {"lr": 0.5}}, {1: {"lr": 0.5}}, r"lr of group 0 changed to 0\.5, this rank has it unchanged"),
+    ],
+)
+def test_ranks_that_disagree_on_a_change_are_told_both(theirs: Changes, ours: Changes, message: str) -> None:
+    steps = CountedSteps()
+    steps.note(3, changed(theirs))
+    with pytest.raises(RanksDisagreeError, match=f"^schedule step 3 was made with {message}; every rank"):
+        steps.check(3, changed(ours))
 
 
 @pytest.mark.parametrize("factors", [(), (Factors(8, (0.5,), True),), (Factors(-1),), (Factors(7, (0.5,), True),) * 2])

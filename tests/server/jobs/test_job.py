@@ -361,7 +361,7 @@ def test_a_new_job_of_a_document_has_no_members_and_no_past() -> None:
         lambda d: d["group_parameters"][0].append("other"),
         lambda d: d["groups"].pop(),
         lambda d: d["groups"][0].update(lr="fast"),
-        lambda d: (d.update(schedule=None), d["groups"][0].update(lr=-1.0)),
+        lambda d: (d.update(schedule=None), d["groups"][0].pop("initial_lr"), d["groups"][0].update(lr=-1.0)),
         lambda d: d["position"].update(version="x"),
         lambda d: d["position"].update(version=None),
         lambda d: d.update(groups=3),

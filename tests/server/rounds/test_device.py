@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from every_backend import GPU
+from host_device import cupy_on_host
 from host_kernels import needs_compiler
 
 from optserve.server.rounds.pushes import Done
@@ -48,7 +50,7 @@ def train(build: Build, backend: str, dtype: Any, **fields: Any) -> tuple[House,
         for index, rank in enumerate(ranks):
             gradients = tensors(10 * number + index + 1, dtype)
             if number == 1:
-                del gradients["bias"]
+                del gradients["bias"], gradients["big"]  # whole blocks, where the last round's sum still lies
             pushes.append(rank.in_thread(lambda rank=rank, g=gradients, w=1.0 + index: rank.send(g, weight=w)))
         assert all(isinstance(push.result(20), Done) for push in pushes)
     return job, decisions.found
@@ -68,6 +70,18 @@ def test_rounds_have_the_bits_and_norms_of_the_cpu(backend: str, dtype: Any, hou
     assert {name: array.tobytes() for name, array in ours.state.items()} == {
         name: array.tobytes() for name, array in theirs.state.items()
     }
+
+
+@needs_compiler
+def test_rounds_take_no_more_memory_than_the_job_did_when_it_was_made(house: Build) -> None:
+    device: Any = cupy_on_host()._device
+    job = house(tensors(0, np.float32), "cupy-on-host", optimizer="adam")
+    rank = job.join()
+    gc.collect()  # what tests before this one left
+    used = device.used
+    for number in range(2):
+        assert isinstance(rank.send(tensors(number, np.float32)), Done)
+        assert device.used <= used
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,8 +1,8 @@
-"""Kernels compile before the first join returns: no worker's first push waits for a compiler."""
+"""Kernels compile before the first join returns, and before new options count: no worker's push waits for a compiler."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from optserve.server.durability.journal import NullJournal
-from optserve.server.records import Caller
+from optserve.server.records import Caller, StateLoaded
 from optserve.server.rounds.pushes import Done, Push
 from optserve.server.rounds.registry import Registry
 from optserve.v1 import data_pb2, jobs_pb2, types_pb2
-from optserve.wire import dtypes
+from optserve.wire import dtypes, errors
 from optserve.wire.chunks import array_chunks
 from optserve.wire.values import to_hyperparameters
 
@@ -49,3 +49,33 @@ def test_the_first_push_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         for chunk in array_chunks(array.array_id, gradient.view(np.uint8).data):
             running.pushes.offer(ticket, chunk, lambda: True)
     assert isinstance(running.pushes.finish(ticket, lambda: True), Done)
+
+
+@pytest.fixture
+def load(house: Callable[..., Any]) -> tuple[Any, Callable[[], Any]]:
+    """A job of plain SGD, and a call that loads a state_dict of SGD with momentum."""
+    running = house({"w": np.ones(8, np.float32)}).running
+    caller = Caller("admin", 0, 1, "content")
+    record = StateLoaded(caller, [{**running.job.groups[0], "momentum": 0.9}], {}, {})
+    return running.job, lambda: running.administration.load_state(caller, ("", 0), record)
+
+
+def test_what_a_loaded_state_dicts_options_need_is_there_before_the_next_push(load: Any) -> None:
+    job, call = load
+    call()
+    assert job.groups[0]["momentum"] == 0.9
+    assert not job.store.lacks_state(job.groups)
+
+
+def test_a_state_dict_whose_options_need_more_memory_than_there_is_changes_nothing(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    job, call = load
+    before = job.position
+    monkeypatch.setattr(type(job.store.backend), "zeros", refuse)
+    with pytest.raises(errors.OutOfMemoryError, match="optimizer state"):
+        call()
+    assert (job.groups[0]["momentum"], job.position) == (0, before)

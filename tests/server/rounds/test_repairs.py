@@ -61,7 +61,9 @@ def test_an_async_push_whose_stream_died_after_its_end_is_applied_once(house: Bu
     np.testing.assert_array_equal(running.values()["w"], -0.5 * G["w"])
 
 
-def test_an_async_push_that_waits_for_its_turn_is_of_the_state_before_a_restore(house: Build, until: Callable[..., Any]) -> None:
+def test_an_async_push_that_waits_for_its_turn_is_of_the_state_before_a_restore(
+    house: Build, until: Callable[..., Any]
+) -> None:
     running = house(W, workers=2, consistency=jobs_pb2.CONSISTENCY_ASYNC)
     first, second = running.join(), running.join()
     position = second.send(G).result.position
@@ -170,7 +172,7 @@ def test_a_heartbeat_counts_although_the_job_is_busy(house: Build) -> None:
         beat = rank.in_thread(lambda: host.heartbeat(rank.member.session_id, rank.member.epoch))
         deadline = 1000.0 + 20 + host.leases.seconds
         assert _soon(lambda: host.leases.deadline(rank.member.session_id) == deadline)
-    beat.result(10)
+        beat.result(10)
 
 
 def _soon(ready: Callable[[], bool]) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from optserve.server import schedules
-from optserve.server.records import Caller, GroupAdded, ScheduleLoaded, ScheduleSet, ScheduleStepped
+from optserve.server.records import Caller, Changes, GroupAdded, ScheduleLoaded, ScheduleSet, ScheduleStepped
 from optserve.wire import errors
 from optserve.wire.arguments import Factors
 
@@ -34,8 +35,16 @@ def one_cycle(seq: int, **more: Any) -> ScheduleSet:
     return ScheduleSet(caller(seq), "OneCycleLR", ONE_CYCLE | more)
 
 
-def step(administration: Any, who: Caller, count: int, metric: float | None, *factors: Factors, setting: str = "") -> Any:
-    return administration.step_schedule(who, NEW, ScheduleStepped(who, count, metric, factors, setting))
+def step(
+    administration: Any,
+    who: Caller,
+    count: int,
+    metric: float | None,
+    *factors: Factors,
+    setting: str = "",
+    changes: Changes | None = None,
+) -> Any:
+    return administration.step_schedule(who, NEW, ScheduleStepped(who, count, metric, factors, setting, changes or {}))
 
 
 def standing(running: Any) -> str:
@@ -121,20 +130,75 @@ def test_ranks_that_disagree_on_a_metric_or_a_factor_change_nothing(house: Build
     step(administration, counted(second, 1), 1, float("nan"))
     given = (Factors(0, (1.0,), True),)
     administration.set_schedule(caller(2), NEW, ScheduleSet(caller(2), "LambdaLR", {}, given))
-    step(administration, counted(first, 2), 2, None, Factors(1, (0.5,), True), setting="admin/2")
-    step(administration, counted(first, 3), 3, None, Factors(2, (0.25,), True), setting="admin/2")
+    setting = running.running.job.schedule.setting
+    step(administration, counted(first, 2), 2, None, Factors(1, (0.5,), True), setting=setting)
+    step(administration, counted(first, 3), 3, None, Factors(2, (0.25,), True), setting=setting)
     before = standing(running)
     with pytest.raises(errors.MissingFunctionError) as caught:
-        step(administration, counted(second, 2), 2, None, Factors(3, (0.5,), True), setting="admin/2")
+        step(administration, counted(second, 2), 2, None, Factors(3, (0.5,), True), setting=setting)
     assert caught.value.metadata["awaited"] == "1"
     with pytest.raises(errors.RanksDisagreeError, match=r"0\.5 of lr_lambda at epoch 1, this rank has 0\.75"):
-        step(administration, counted(second, 2), 2, None, Factors(1, (0.75,), True), setting="admin/2")
+        step(administration, counted(second, 2), 2, None, Factors(1, (0.75,), True), setting=setting)
     assert standing(running) == before
-    result = step(administration, counted(second, 2), 2, None, Factors(1, (0.5,), True), setting="admin/2")
+    result = step(administration, counted(second, 2), 2, None, Factors(1, (0.5,), True), setting=setting)
     assert (result.value["learning_rates"], result.value["awaited"]) == ([0.25], [2])
-    assert step(administration, counted(second, 3), 3, None, Factors(2, (0.25,), True), setting="admin/2").value["awaited"] == [
-        3
+    assert step(administration, counted(second, 3), 3, None, Factors(2, (0.25,), True), setting=setting).value["awaited"] == [3]
+
+
+def test_a_schedule_steps_from_what_the_ranks_changed_before_it_and_once(house: Build) -> None:
+    running = house(W, workers=4)
+    job, administration = running.running.job, running.running.administration
+    ranks = [running.join() for _ in range(4)]
+    administration.set_schedule(caller(1), NEW, ScheduleSet(caller(1), "ExponentialLR", {"gamma": 0.5}))
+    versions = []
+    for rank in ranks:
+        result = step(administration, counted(rank, 1), 1, None, changes={0: {"lr": 0.25, "weight_decay": 0.5}})
+        versions.append(result.position.version)
+        administration.update_group(caller(1 + len(versions)), NEW, 0, {"momentum": 0.5})
+    assert (job.groups[0]["lr"], job.groups[0]["weight_decay"], job.schedule.last_epoch) == (0.125, 0.5, 1)
+    found = [event for event in running.running.host.events.after(0, 0, lambda: True) if event.kind in ("group", "schedule")]
+    assert [(event.message, event.position.version) for event in found if "momentum" not in event.message][1:] == [
+        ("group 0: lr=0.25, weight_decay=0.5", versions[0]),
+        ("schedule stepped", versions[0]),
     ]
+    repeated = step(administration, counted(ranks[0], 1), 1, None, changes={0: {"lr": 0.25, "weight_decay": 0.5}})
+    assert repeated.position.version == versions[0]
+    assert job.groups_since(job.position.lineage_id, versions[0] - 1) == {0: False}
+
+
+def test_what_is_wrong_with_changes_before_a_step_of_the_schedule_changes_nothing(house: Build) -> None:
+    running = house(W, workers=2)
+    administration = running.running.administration
+    first, second = running.join(), running.join()
+    with pytest.raises(errors.InvalidArgumentError, match="the job has no schedule"):
+        step(administration, counted(first, 1), 1, None, changes={0: {"lr": 0.5}})
+    administration.set_schedule(caller(1), NEW, ScheduleSet(caller(1), "ExponentialLR", {"gamma": 0.5}))
+    before = standing(running)
+    for changes, error, message in (
+        ({1: {"lr": 0.5}}, errors.UnknownParameterError, "there is no group 1"),
+        ({0: {"lr": 0.5, "nesterov": True}}, errors.InvalidHyperparameterError, "Nesterov momentum requires"),
+        ({0: {"learning": 0.5}}, errors.UnknownHyperparameterError, "no hyperparameter 'learning'"),
+    ):
+        with pytest.raises(error, match=message):
+            step(administration, counted(first, 1), 1, None, changes=changes)
+        assert standing(running) == before
+    step(administration, counted(first, 1), 1, None, changes={0: {"lr": 0.5}})
+    before = standing(running)
+    for mine in ({}, {0: {"lr": 0.25}}):
+        with pytest.raises(errors.RanksDisagreeError, match=r"with lr of group 0 changed to 0\.5, this rank has it"):
+            step(administration, counted(second, 1), 1, None, changes=mine)
+        assert standing(running) == before
+    step(administration, counted(second, 1), 1, None, changes={0: {"lr": 0.5}})
+    assert running.running.job.groups[0]["lr"] == 0.25
+
+
+def test_momentum_that_comes_with_a_step_of_the_schedule_has_its_state_before(house: Build) -> None:
+    running = house(W)
+    worker, administration = running.join(), running.running.administration
+    administration.set_schedule(caller(1), NEW, ScheduleSet(caller(1), "ExponentialLR", {"gamma": 0.5}))
+    bare = running.running.job.store.state_bytes
+    step(administration, counted(worker, 1), 1, None, changes={0: {"momentum": 0.5}})
+    assert running.running.job.store.state_bytes > bare
 
 
 def test_a_rank_that_is_behind_goes_on_after_the_schedule_was_set_anew(house: Build) -> None:
@@ -143,11 +207,11 @@ def test_a_rank_that_is_behind_goes_on_after_the_schedule_was_set_anew(house: Bu
     job, administration = running.running.job, running.running.administration
     first, second = running.join(), running.join()
     administration.set_schedule(caller(1), NEW, ScheduleSet(caller(1), "LambdaLR", {}, (Factors(0, (1.0,), True),)))
-    step(administration, counted(first, 1), 1, None, Factors(1, (0.5,), True), setting="admin/1")
+    step(administration, counted(first, 1), 1, None, Factors(1, (0.5,), True), setting=job.schedule.setting)
     administration.set_schedule(caller(2), NEW, ScheduleSet(caller(2), "LambdaLR", {}, (Factors(0, (1.0,), True),)))
     assert step(administration, counted(second, 1), 1, None).value["awaited"] == [1]
     assert (job.schedule.last_epoch, job.schedule_steps) == (0, 1)
-    step(administration, counted(second, 2), 2, None, Factors(1, (0.25,), True), setting="admin/2")
+    step(administration, counted(second, 2), 2, None, Factors(1, (0.25,), True), setting=job.schedule.setting)
     with pytest.raises(errors.MissingFunctionError, match="schedule step 2 called lr_lambda at epoch 1"):
         step(administration, counted(first, 2), 2, None)
     administration.set_schedule(caller(3), NEW, ScheduleSet(caller(3), "", {}))
@@ -204,6 +268,17 @@ def test_a_setting_of_the_schedule_is_known_by_the_call_that_made_it(house: Buil
         settings.append(job.schedule.setting)
         job.apply(ScheduleStepped(caller(2 * seq + 1), 0, None))
         assert job.schedule.setting == settings[-1]
+    assert settings[0] != settings[1]
+
+
+def test_a_setting_is_not_taken_for_one_that_was_lost(house: Build) -> None:
+    """A server that came back before a call gets a call with the same identity, and another function."""
+    settings = []
+    for lineage in ("before", "after"):
+        job = house(W).running.job
+        job.position = replace(job.position, lineage_id=lineage)
+        job.apply(ScheduleSet(caller(1), "StepLR", {"step_size": 2}))
+        settings.append(job.schedule.setting)
     assert settings[0] != settings[1]
 
 

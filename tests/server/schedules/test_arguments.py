@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from schedule_pairs import CASES, optimizer, split, torch_scheduler
 
 from optserve.server import schedules
 from optserve.server.schedules import SCHEDULES, ScheduleState
+from optserve.server.schedules.arguments import REQUIRED
 from optserve.server.schedules.table import unbegun
 from optserve.v1 import optimizer_pb2
 from optserve.wire.arguments import from_arguments, to_arguments
@@ -68,6 +71,24 @@ def test_torchs_checks_have_torchs_messages(name: str, arguments: dict[str, Any]
         schedules.create(name, arguments, groups)
     assert str(ours.value) == str(theirs.value)
     assert groups == [{"lr": 0.1, "momentum": 0.5}] * 4
+
+
+def test_the_table_in_the_docs_has_the_schedules_and_their_arguments() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "schedules.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (`.+`) \|$", text, re.MULTILINE)
+    told = {}
+    for name, arguments in rows:
+        told[name] = dict(pair.split("=") if "=" in pair else (pair, None) for pair in re.findall("`([^`]+)`", arguments))
+    known = {}
+    for schedule in SCHEDULES.values():
+        given = {} if not schedule.calls_functions else {"lr_lambda": None}
+        defaults = {key: entry.default for key, entry in schedule.arguments.items()}
+        known[schedule.name] = given | {key: None if value is REQUIRED else value for key, value in defaults.items()}
+    assert {name: list(arguments) for name, arguments in told.items()} == {name: list(entry) for name, entry in known.items()}
+    for name, arguments in told.items():
+        for key, written in arguments.items():
+            value = 1 / 3 if written == "1/3" else written and ast.literal_eval(written)
+            assert value == known[name][key], f"{name}: {key}"
 
 
 def test_torchs_missing_schedulers_of_a_chain() -> None:
@@ -205,6 +226,22 @@ def test_a_whole_number_beyond_64_bits_is_refused(name: str, argument: str, valu
         schedules.create(name, given, [{"lr": 0.1, "initial_lr": 0.1}])
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("CyclicLR", {"base_lr": 0.1, "max_lr": 0.2}), ("OneCycleLR", {"max_lr": 0.1, "total_steps": 9})],
+)
+def test_momentum_of_each_group_is_checked_even_if_it_is_not_turned(name: str, arguments: dict[str, Any]) -> None:
+    """torch does not look; here it is kept, so it must fit, and a group that is added later may have none."""
+    fixed = arguments | {"cycle_momentum": False, "base_momentum": (0.8, 0.7)}
+    groups = [{"lr": 0.1}] * 2
+    with pytest.raises(InvalidHyperparameterError, match="base_momentum has 2 values, param_groups has 1"):
+        schedules.create(name, fixed, groups[:1])
+    state, edits = schedules.create(name, fixed, groups)
+    assert "momentum" not in str(edits)
+    state, _ = schedules.extend(state, groups[0], 2)
+    assert schedules.from_document(json.loads(json.dumps(schedules.to_document(state)))) == state
+
+
 LARGEST: list[tuple[str, dict[str, Any]]] = [
     *[(name, {argument: value}) for name, argument in WHOLE for value in ((1 << 63) - 1, 2.0**62, 1e18, 1.5)],
     ("MultiStepLR", {"milestones": (1, 2**53)}),
@@ -212,6 +249,7 @@ LARGEST: list[tuple[str, dict[str, Any]]] = [
     ("ExponentialLR", {"gamma": 5e-324}),
     ("OneCycleLR", {"max_lr": 5e-324, "epochs": (1 << 63) - 1, "steps_per_epoch": (1 << 63) - 1}),
     ("CosineAnnealingWarmRestarts", {"T_0": (1 << 63) - 1, "T_mult": (1 << 63) - 1}),
+    ("CosineAnnealingWarmRestarts", {"T_0": 5, "T_mult": (1 << 63) - 1}),
     ("SWALR", {"swa_lr": 1.7e308, "anneal_epochs": (1 << 63) - 1}),
 ]
 
@@ -226,7 +264,7 @@ def test_what_is_accepted_survives_documents_and_messages(name: str, arguments: 
         return
     group = {"lr": 0.1, "initial_lr": 0.1, "momentum": 0.5}
     state, edits = schedules.create(name, sent, [group])
-    for _ in range(2):
+    for _ in range(7 if "T_mult" in given else 2):
         assert schedules.from_document(json.loads(json.dumps(schedules.to_document(state)))) == state
         optimizer_pb2.Schedule(name=state.name, last_epoch=state.last_epoch)
         group |= edits[0]

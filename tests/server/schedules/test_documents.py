@@ -123,6 +123,17 @@ def damages(document: Any) -> Iterator[Any]:
     yield document | {"state": document["state"] | {"more": 1}}
 
 
+DEEP: list[Any] = []
+for _ in range(5000):
+    DEEP = [DEEP]
+
+
+def test_a_document_of_before_functions_says_what_it_lacks() -> None:
+    before = {"name": "StepLR", "arguments": {"step_size": 3}, "last_epoch": 5, "base_lrs": [0.1], "own": {}}
+    with pytest.raises(InvalidStateDictError, match="the state of the schedule cannot be used: it lacks 'setting'"):
+        schedules.from_document(before)
+
+
 @pytest.mark.parametrize("document", [None, [], "StepLR", {}, 3])
 def test_a_document_of_another_kind_is_refused(document: object) -> None:
     with pytest.raises(InvalidStateDictError, match="the state of the schedule cannot be used"):
@@ -139,6 +150,7 @@ def test_a_document_of_another_kind_is_refused(document: object) -> None:
         ({"arguments": []}, "another type"),
         ({"setting": "x" * 300}, "another type"),
         ({"state": None}, "must be a dict"),
+        ({"arguments": {"step_size": DEEP}}, "recursion"),
     ],
 )
 def test_what_is_wrong_with_a_document_is_named(change: dict[str, Any], message: str) -> None:
@@ -155,6 +167,9 @@ def pair_of(name: str) -> Pair:
     ("name", "change", "message"),
     [
         ("StepLR", {"base_lrs": [0.7]}, None),
+        ("StepLR", {"gamma": DEEP}, "recursion"),
+        ("StepLR", {"base_lrs": []}, r"base_lrs is \[\]; it must be a list of numbers, one a param group"),
+        ("StepLR", {"_last_lr": []}, r"_last_lr is \[\]"),
         ("StepLR", {"base_lrs": [0.1] * 5}, "is of 5 param groups; there are 4"),
         ("StepLR", {"_last_lr": [0.1] * 5}, "is of 5 param groups; there are 4"),
         ("StepLR", {"last_epoch": 1.5}, "last_epoch is 1.5"),
@@ -206,9 +221,9 @@ def test_a_state_dict_of_another_schedule_is_refused(name: str, arguments: dict[
                 schedules.load(pair.state, schedules.state_dict(pair_of(other).state), pair.groups)
 
 
-def test_flags_that_older_torchs_leave_out_are_not_missed() -> None:
+def test_flags_that_only_some_torchs_have_do_not_matter() -> None:
     pair = pair_of("StepLR")
-    document = schedules.state_dict(pair.state)
+    document = schedules.state_dict(pair.state) | {"verbose": False}
     del document["_is_initial"], document["_get_lr_called_within_step"]
     assert schedules.load(pair.state, document, pair.groups) == pair.state
 

@@ -13,7 +13,7 @@ from schedule_pairs import CASES, WITHOUT_LAST_EPOCH, Pair, hexes, split
 
 from optserve.server import schedules
 from optserve.server.schedules import GROUP_KEYS, SCHEDULES
-from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError
+from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError, InvalidStateDictError
 
 LISTED = ("base_lr", "max_lr", "base_momentum", "max_momentum", "min_lr", "swa_lr", "lr_lambda")
 """Arguments that may have one value a group."""
@@ -228,6 +228,23 @@ def test_a_step_that_overflows_changes_nothing() -> None:
         )
 
 
+@pytest.mark.parametrize("last", [("CyclicLR", {"base_lr": 0.1, "max_lr": 0.2}), ("ExponentialLR", {"gamma": 0.0})])
+def test_a_rate_that_is_not_finite_on_the_way_is_refused_too(last: tuple[str, dict[str, Any]]) -> None:
+    """It would stand in the _last_lr of the schedule that gave it."""
+    groups = [{"lr": 1e10, "momentum": 0.5}]
+    parts = [("ExponentialLR", {"gamma": 1e308}), last]
+    state, edits = schedules.create("ChainedScheduler", {"schedulers": parts}, groups)
+    groups[0] |= edits[0] | {"lr": 1e10}
+    with pytest.raises(InvalidHyperparameterError, match="ExponentialLR would set lr of param group 0 to inf at epoch 1"):
+        schedules.step(state, groups)
+
+
+def test_a_cosine_of_infinity_is_no_number() -> None:
+    state, _ = schedules.create("CosineAnnealingLR", {"T_max": 1e-320}, [{"lr": 0.1}])
+    with pytest.raises(InvalidHyperparameterError, match="CosineAnnealingLR cannot be stepped to last_epoch 1: math domain"):
+        schedules.step(state, [{"lr": 0.1}])
+
+
 def test_a_one_cycle_ends_where_torchs_ends() -> None:
     pair = Pair("OneCycleLR", {"max_lr": 0.1, "total_steps": 7})
     pair.step(7)
@@ -283,6 +300,20 @@ def test_schedules_times_groups_are_bounded() -> None:
         schedules.extend(state, groups[0], 130)
     with pytest.raises(InvalidArgumentError, match="63 schedules of 131 param groups"):
         schedules.create("ChainedScheduler", many, groups + groups[:1])
+
+
+def test_milestones_are_bounded_over_all_schedules() -> None:
+    groups = [{"lr": 0.1}]
+    half = ("MultiStepLR", {"milestones": [1] * 4096})
+    state, _ = schedules.create("ChainedScheduler", {"schedulers": [half] * 2}, groups)
+    document = schedules.to_document(state)
+    assert schedules.from_document(document) == state
+    with pytest.raises(InvalidArgumentError, match="ChainedScheduler has 12288 milestones; there may be 8192"):
+        schedules.create("ChainedScheduler", {"schedulers": [half] * 3}, groups)
+    parts = document["state"]["_schedulers"]
+    parts[0]["milestones"], parts[1]["milestones"] = [[1, 8192]], [[1, 1]]
+    with pytest.raises(InvalidStateDictError, match="has 8193 milestones"):
+        schedules.load(state, document["state"], groups)
 
 
 def test_the_order_of_the_schedules_decides() -> None:

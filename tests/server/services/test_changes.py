@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from optserve.server.services import decode
 from optserve.v1 import data_pb2, optimizer_pb2, types_pb2
 from optserve.wire import errors, reasons
 
@@ -68,8 +69,9 @@ def test_a_reply_tells_what_changed_since_the_version_that_the_push_names(
     assert not push(changes=[change(build, lr=0.25)]).HasField("changed_groups"), "it does not ask"
 
 
+@pytest.mark.parametrize("inline", [1 << 16, 0])
 def test_a_pull_tells_what_changed_since_the_version_that_it_names(
-    foreign: Any, build: Any, open_stream: Callable[..., Any]
+    foreign: Any, build: Any, open_stream: Callable[..., Any], inline: int
 ) -> None:
     foreign.ready(W)
     before = foreign.position()
@@ -86,11 +88,10 @@ def test_a_pull_tells_what_changed_since_the_version_that_it_names(
             found, _ = stream.receive_weights(foreign)
         return found
 
-    for inline in (1 << 16, 0):
-        told = pull(seen=before, groups_version=before.version).changed_groups
-        assert (told.position, number(told.groups[0], "lr")) == (after, 0.5)
-        assert not pull(seen=after, groups_version=after.version).HasField("changed_groups")
-        assert not pull().HasField("changed_groups"), "it does not ask"
+    told = pull(seen=before, groups_version=before.version).changed_groups
+    assert (told.position, number(told.groups[0], "lr")) == (after, 0.5)
+    assert not pull(seen=after, groups_version=after.version).HasField("changed_groups")
+    assert not pull().HasField("changed_groups"), "it does not ask"
 
 
 def test_a_pull_of_a_worker_that_saw_what_is_gone_is_refused_and_leaves_the_stream_usable(
@@ -158,10 +159,18 @@ def test_a_repeat_with_other_changes_is_a_conflict(foreign: Any, build: Any, fai
     assert list(foreign.push(G).learning_rates) == [0.5]
 
 
+def test_what_is_kept_of_a_push_to_know_its_repeat_is_short(foreign: Any, build: Any) -> None:
+    foreign.ready(W)
+    values = tuple(float(number) for number in range(1000))
+    few, many = (decode.push(foreign.begin(G, changes=[change(build, betas=found)])) for found in (values[:2], values))
+    assert len(few.caller.fingerprint) == len(many.caller.fingerprint) == 32
+    assert few.caller.fingerprint != many.caller.fingerprint
+
+
 @pytest.mark.parametrize(
     ("changes", "reason", "message"),
     [
-        ([(0, "lr", 0.5), (0, "momentum", 0.9)], "INVALID_ARGUMENT", "group 0 is changed twice in one push"),
+        ([(0, "lr", 0.5), (0, "momentum", 0.9)], "INVALID_ARGUMENT", "group 0 is changed twice in one call"),
         ([(7, "lr", 0.5)], "UNKNOWN_PARAMETER", "there is no group 7"),
         ([(0, "params", "w")], "UNKNOWN_HYPERPARAMETER", "no hyperparameter 'params'"),
         ([(0, "lr", "fast")], "INVALID_HYPERPARAMETER", ""),

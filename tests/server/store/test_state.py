@@ -128,10 +128,6 @@ BAD: dict[str, tuple[Callable[[StoreState], StoreState], str]] = {
     "state of nobody": (lambda c: replace(c, state={**c.state, "exp_avg/z": np.ones(1)}), "'z', which the job"),
     "half a state": (lambda c: replace(c, state=without(c.state, "exp_avg/a")), "'a' has exp_avg_sq but no exp_avg"),
     "step without state": (lambda c: replace(c, state={}), "but no exp_avg, exp_avg_sq"),
-    "unlike its group": (
-        lambda c: replace(c, state={**c.state, "max_exp_avg_sq/a": c.values["a"]}),
-        "has the state exp_avg, exp_avg_sq; 'a'|'a' of the same group has",
-    ),
     "no step": (lambda c: replace(c, steps=without(c.steps, "a")), "but no step"),
     "negative step": (lambda c: replace(c, steps={**c.steps, "a": -1}), "is -1"),
     "fractional step": (lambda c: replace(c, steps={**c.steps, "a": 1.5}), "is 1.5"),

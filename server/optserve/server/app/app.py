@@ -65,7 +65,7 @@ class App:
         """Recovers the jobs of the data dir. InsecureAddressError, StorageError, MissingExtraError."""
         check_address(config)
         self.config = config
-        self.backend = backends.select(config.backend)
+        self.backend = backends.select(config.backend, config.owns_process)
         self._held = ExitStack()  # closed last to first: the address file, the pools, the data dir
         self.registry = Registry(self.backend, lambda _: NullJournal())
         try:

@@ -11,7 +11,10 @@ from optserve.wire import errors
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How a server runs. `address` None: in process only, nothing listens. `host:0` takes a free port."""
+    """How a server runs. `address` None: in process only, nothing listens. `host:0` takes a free port.
+
+    `owns_process`: there is nothing else in the process, which may end with a GPU that breaks.
+    """
 
     address: str | None = "127.0.0.1:50051"
     address_file: Path | None = None
@@ -19,6 +22,7 @@ class ServerConfig:
     data_dir: Path | None = None
     max_streams: int = 256
     insecure: bool = False
+    owns_process: bool = False
 
 
 def check_address(config: ServerConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import threading
+from dataclasses import replace
 from importlib import metadata
 
 from optserve.server.app import allocator
@@ -36,7 +37,7 @@ def start_line(app: App) -> str:
 def serve(config: ServerConfig) -> int:
     """Runs a server until SIGTERM or SIGINT; the process's exit code. Only in the main thread."""
     allocator.tune()
-    app = App(config)
+    app = App(replace(config, owns_process=True))
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

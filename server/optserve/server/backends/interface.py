@@ -89,8 +89,11 @@ class Backend(Protocol):
         """Brings host memory up to date with what was computed: with masters, which are narrowed if the weights have 16 bits,
         or with the twin of 16-bit weights in state memory. Nothing is done where both are the same memory."""
 
-    def run(self, work: Callable[[], Result]) -> Result:
-        """Does work that uses `xp`, where and in the order in which this backend's own calls are done."""
+    def run(self, work: Callable[[], Result], compiles: bool = False) -> Result:
+        """Does work that uses `xp`, where and in the order in which this backend's own calls are done.
+
+        `compiles`: it may be the first to use some of its functions, which can take minutes.
+        """
 
     def prepare(self, dtype: np.dtype[Any]) -> None:
         """Compiles what `finite`, `fold` and `sum_of_squares` need for parameters of this wire dtype."""

@@ -51,7 +51,7 @@ class HostMemory(ABC):
         if not np.may_share_memory(source, weights):
             self.write(weights, source)
 
-    def run(self, work: Callable[[], Result]) -> Result:
+    def run(self, work: Callable[[], Result], compiles: bool = False) -> Result:  # noqa: ARG002 - nothing to wait for
         return work()
 
     @abstractmethod

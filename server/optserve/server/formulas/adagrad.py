@@ -4,7 +4,8 @@
     p_t = p_{t-1} - γ / (1 + (t - 1) η) · g_t / (√s_t + ε), with η = lr_decay
 
 Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", 2011; η is torch's.
-Deviation from torch: a group's own initial_accumulator_value counts; torch uses the one that the optimizer was made with.
+Deviations from torch: a group's own initial_accumulator_value counts, torch uses the one that the optimizer was made with; the
+state of a group that is added later is made then, torch's at its first step.
 """
 
 from __future__ import annotations

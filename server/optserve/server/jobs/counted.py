@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from optserve.server.records import Changes
 from optserve.wire import errors
 from optserve.wire.arguments import Factors
+from optserve.wire.values import Value
 
 _KEPT = 1024
 
@@ -17,6 +19,7 @@ class Made:
     setting: str
     metric: float | None
     factors: tuple[Factors, ...]
+    changes: Changes = field(default_factory=dict)
 
     @property
     def epochs(self) -> list[int]:
@@ -52,6 +55,7 @@ class CountedSteps:
             raise errors.RanksDisagreeError(
                 f"schedule step {count} was made with the metric {made.metric}, this rank has {mine.metric}"
             )
+        _check_changes(count, made.changes, mine.changes)
         if made.epochs != mine.epochs or (made.factors and made.setting != mine.setting):
             raise errors.MissingFunctionError(
                 f"schedule step {count} called lr_lambda at epoch {', '.join(str(at) for at in made.epochs if at >= 0)}, and "
@@ -66,6 +70,27 @@ class CountedSteps:
                     f"schedule step {count} was made with {_shown(theirs)} of lr_lambda at epoch {theirs.epoch}, this rank has "
                     f"{_shown(ours)}" + (f" (schedule {index} of those with functions)" if len(made.factors) > 1 else "")
                 )
+
+
+def _check_changes(count: int, made: Changes, mine: Changes) -> None:
+    theirs, ours = _flat(made), _flat(mine)
+    for key in {**theirs, **ours}:
+        if (key in theirs, theirs.get(key)) != (key in ours, ours.get(key)):
+            group, name = key
+            raise errors.RanksDisagreeError(
+                f"schedule step {count} was made with {name} of group {group} {_said(theirs, key)}, this rank has it "
+                f"{_said(ours, key)}; every rank changes the same before a step of the schedule",
+                group=group,
+                hyperparameter=name,
+            )
+
+
+def _flat(changes: Changes) -> dict[tuple[int, str], Value]:
+    return {(group, name): value for group, entries in changes.items() for name, value in entries.items()}
+
+
+def _said(changes: dict[tuple[int, str], Value], key: tuple[int, str]) -> str:
+    return f"changed to {changes[key]!r}" if key in changes else "unchanged"
 
 
 def _shown(factors: Factors) -> str:

@@ -94,7 +94,7 @@ def _group(optimizer: Optimizer, raw: Mapping[str, Any], scheduled: bool) -> dic
     group = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
     for name, value in group.items():
         to_value(name, value)
-    return specs.edited(optimizer, {**optimizer.defaults, **group}, {} if scheduled else {"lr": group["lr"]})
+    return specs.saved(optimizer, {**optimizer.defaults, **group, "lr": group["lr"]}, scheduled)
 
 
 def _text(value: object) -> str:

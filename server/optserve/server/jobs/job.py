@@ -91,12 +91,18 @@ class Job:
         return specs.edited(self.plan.optimizer, self.checked_group(index), changes)
 
     def checked_load(self, index: int, saved: Mapping[str, Value]) -> dict[str, Value]:
-        """The group as a state_dict's leaves it: what an older one does not name stays, but l1 is what it says or not there."""
+        """The group as a state_dict's leaves it: what an older one does not name stays, but l1 is what it says or not there.
+
+        torch gives `differentiable` to each group that is added after a load, even if the optimizer has no such switch.
+        """
         group = {name: value for name, value in self.checked_group(index).items() if name != "l1"}
-        return specs.edited(self.plan.optimizer, group, saved)
+        known = {name: value for name, value in saved.items() if name != "differentiable" or name in group}
+        return specs.saved(self.plan.optimizer, {**group, **known}, self.schedule is not None)
 
     def edited(self, changes: Changes) -> list[dict[str, Value]]:
         """The groups as these changes leave them; typed errors if they may not be so."""
+        if not changes:
+            return self.groups
         merged = {index: self.checked_update(index, entries) for index, entries in changes.items()}
         return [merged.get(index, group) for index, group in enumerate(self.groups)]
 
@@ -109,8 +115,11 @@ class Job:
     def checked_schedule(self, record: ScheduleSet) -> list[dict[str, Value]]:
         """What `_turned` says of a schedule that is set now. UnknownScheduleError and others if it cannot be made."""
         if not record.name:
+            if record.arguments:
+                raise errors.InvalidArgumentError(f"no schedule takes no arguments; found {', '.join(record.arguments)}")
             return self.groups
-        return self._turned(schedules.create(record.name, record.arguments, self.groups, record.factors)[1])
+        edits = schedules.create(record.name, record.arguments, self.groups, record.factors)[1]
+        return self._turned(self.groups, edits)
 
     def checked_addition(self, hyperparameters: Mapping[str, Value]) -> None:
         """InvalidArgumentError if the schedule has nothing for one more group."""
@@ -126,35 +135,33 @@ class Job:
             raise errors.InvalidArgumentError("the job has no schedule; set one with set_lr_schedule")
         return self.schedule
 
-    def _turned(self, edits: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:
-        """The groups after a schedule's edits if these turn more than rates, else the groups as they are.
+    def _turned(self, groups: list[dict[str, Value]], edits: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:
+        """The groups after a schedule's edits if these turn more than rates, else the groups as they are given.
 
         InvalidHyperparameterError if the optimizer takes no such momentum or betas.
         """
         own = self.plan.optimizer.defaults.keys() - {"lr"}
         if not any(own & edit.keys() for edit in edits):
-            return self.groups
-        pairs = zip(self.groups, edits, strict=True)
+            return groups
+        pairs = zip(groups, edits, strict=True)
         return [specs.edited(self.plan.optimizer, {**group, **edit}, {}) for group, edit in pairs]
 
     def checked_step(self, record: ScheduleStepped) -> list[dict[str, Value]]:
-        """What `_turned` says of a step of the schedule.
+        """What `_turned` says of a step of the schedule, after the changes that come with it.
 
         Refuses one that cannot be made, and a worker's counted one that does not fit the other ranks'.
         """
         count = record.count
         if 0 < count <= self.schedule_steps:
-            self.counted.check(count, Made(record.setting, record.metric, record.factors))
+            self.counted.check(count, Made(record.setting, record.metric, record.factors, record.changes))
             return self.groups
         schedule = self._scheduled()
         if count > self.schedule_steps + 1:
             raise errors.SequenceGapError(
                 f"schedule step {count} came after step {self.schedule_steps}; step {self.schedule_steps + 1} is next"
             )
-        return self._turned(self._stepped(schedule, record)[1])
-
-    def _stepped(self, schedule: ScheduleState, record: ScheduleStepped) -> tuple[ScheduleState, list[schedules.Values]]:
-        return schedules.step(schedule, self.groups, record.metric, record.factors, record.setting)
+        groups = self.edited(record.changes)
+        return self._turned(groups, schedules.step(schedule, groups, record.metric, record.factors, record.setting)[1])
 
     def checked_state(self, record: StateLoaded) -> None:
         """InvalidStateDictError if a state_dict does not fit."""
@@ -241,7 +248,7 @@ class Job:
     def _set_schedule(self, record: ScheduleSet) -> dict[str, Any]:
         self.schedule, self.counted = None, CountedSteps()
         if record.name:
-            setting = f"{record.caller.session_id}/{record.caller.seq}"
+            setting = f"{self.position.lineage_id}/{self.position.version}"
             self.schedule, edits = schedules.create(record.name, record.arguments, self.groups, record.factors, setting)
             self._edit(edits)
         return self.schedule_document()
@@ -249,12 +256,13 @@ class Job:
     def _step_schedule(self, record: ScheduleStepped) -> dict[str, Any]:
         count = record.count
         if not 0 < count <= self.schedule_steps:
-            schedule = self._scheduled()
-            self.schedule, edits = self._stepped(schedule, record)
+            schedule, groups = self._scheduled(), self.edited(record.changes)
+            self.schedule, edits = schedules.step(schedule, groups, record.metric, record.factors, record.setting)
+            self.groups = groups
             self._edit(edits)
             if count:
                 self.schedule_steps = count
-                self.counted.note(count, Made(schedule.setting, record.metric, record.factors))
+                self.counted.note(count, Made(schedule.setting, record.metric, record.factors, record.changes))
         return self.schedule_document(count)
 
     def _load_schedule(self, record: ScheduleLoaded) -> dict[str, Any]:

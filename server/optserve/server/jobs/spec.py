@@ -92,13 +92,13 @@ EXTRAS: Mapping[str, Callable[[str, Value], None]] = {**dict.fromkeys(sorted(GRO
 def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[str, Value]:
     """torch's keys in torch's order, the defaults overlaid by each layer in turn, and checked as torch checks them.
 
-    EXTRAS may stand after torch's own keys.
+    EXTRAS may stand after torch's own keys. Unlike in torch lr is finite: schedules compute with it.
     """
     merged = dict(optimizer.defaults)
     for layer in layers:
         for name, value in layer.items():
             if name not in merged and name not in EXTRAS:
-                known = list(optimizer.defaults)
+                known = [*optimizer.defaults, "l1"]
                 raise errors.UnknownHyperparameterError(
                     f"{optimizer.name} has no hyperparameter {name!r}{nearest(name, known)}", name=name
                 )
@@ -109,6 +109,7 @@ def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[
         optimizer.check(merged)
     except (ValueError, TypeError, RuntimeError) as error:
         raise errors.InvalidHyperparameterError(str(error)) from error
+    _finite("lr", merged["lr"])
     return merged
 
 
@@ -119,6 +120,11 @@ def edited(optimizer: Optimizer, group: Mapping[str, Value], changes: Mapping[st
         _finite("lr", lr)
     merged = hyperparameters(optimizer, group, {"lr": optimizer.defaults["lr"]}, changes)
     return merged if "lr" in changes else {**merged, "lr": lr}
+
+
+def saved(optimizer: Optimizer, group: Mapping[str, Value], scheduled: bool) -> dict[str, Value]:
+    """A group that a checkpoint or a state_dict holds. A schedule that is gone has left initial_lr there, and maybe its lr."""
+    return edited(optimizer, group, {} if scheduled or "initial_lr" in group else {"lr": group["lr"]})
 
 
 def check_table(names: Sequence[str], groups: int = 1) -> None:
@@ -205,11 +211,16 @@ def differences(found: Plan, wanted: Plan) -> list[str]:
         texts.append(f"it has {len(found.groups)} param groups, not {len(wanted.groups)}")
     groups = zip(found.groups, wanted.groups, strict=False) if found.optimizer is wanted.optimizer else ()
     for index, (here, there) in enumerate(groups):
-        texts += [f"group {index} has {key}={here[key]!r}, not {there[key]!r}" for key in here if here[key] != there[key]]
+        odd = [key for key in {**here, **there} if (key in here) != (key in there) or here[key] != there[key]]
+        texts += [f"group {index} has {key}={_shown(here, key)}, not {_shown(there, key)}" for key in odd]
     for index, (mine, theirs) in enumerate(zip(found.parameters, wanted.parameters, strict=False)):
         if mine != theirs:
             texts.append(f"group {index} has other parameters: {_first_difference(mine, theirs)}")
     return texts
+
+
+def _shown(group: Mapping[str, Value], key: str) -> str:
+    return repr(group[key]) if key in group else "(none)"
 
 
 def _first_difference(mine: Declared, theirs: Declared) -> str:

@@ -1,4 +1,4 @@
-"""Edits of a running job that are no pushes: groups, schedule, state and checkpoints, each call applied exactly once."""
+"""Calls on a running job that are no pushes: groups, schedule, state and checkpoints, each applied exactly once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from optserve.wire.values import Value
 
 
 class Administration:
-    """The administrative calls of one job. Each checks, then commits one record, under the host's lock."""
+    """What edits one job beside the pushes, a worker's counted step of the schedule too.
+
+    Each call checks, then commits one record, under the host's lock.
+    """
 
     def __init__(self, host: JobHost) -> None:
         self._host = host
@@ -70,7 +73,7 @@ class Administration:
             groups = self._job.edited({group: changes})
             self._job.store.prepare(groups)
             result = self._host.record(GroupUpdated(caller, group, groups[group]))
-            self._host.publish_edit(group, changes)
+            self._host.publish_edits({group: changes})
             return result
 
     def add_group(self, caller: Caller, seen: tuple[str, int], record: GroupAdded) -> Result:
@@ -99,10 +102,12 @@ class Administration:
             repeated = self._admit_turn(caller, seen, lambda: self._job.checked_step(record))
             if repeated:
                 return repeated
-            count = record.count
-            if 0 < count <= self._job.schedule_steps:  # another rank was first: only the caller's result is new
-                return self._host.record(record)
-            return self._host.commit(record, "schedule", "schedule stepped", count=count)
+            is_new = not 0 < record.count <= self._job.schedule_steps
+            result = self._host.record(record)
+            if is_new:  # else another rank was first, and only the caller's result is new
+                self._host.publish_edits(record.changes)
+                self._host.publish("schedule", "schedule stepped", count=record.count)
+            return result
 
     def load_schedule_state(self, caller: Caller, seen: tuple[str, int], record: ScheduleLoaded) -> Result:
         with self._host.changed:
@@ -119,6 +124,7 @@ class Administration:
             if repeated:
                 return repeated
             self._job.checked_state(record)
+            self._job.store.prepare(record.groups)
             return self._host.commit(record, "state", "state_dict loaded")
 
     def delete_checkpoint(self, caller: Caller, seen: tuple[str, int], name: str, delete: Callable[[], None]) -> Result:

@@ -95,7 +95,7 @@ class CurrentRound:
 
     def _all_accumulators(self) -> Mapping[int, npt.NDArray[np.generic]]:
         if len(self._accumulators) < len(self._host.job.store.layout.arrays):
-            self._accumulators = {**self._host.job.store.accumulators(), **self._accumulators}
+            self._accumulators = {**self._accumulators, **self._host.job.store.accumulators(self._accumulators)}
         return self._accumulators
 
     # Policy -------------------------------------------------------------------------------------------------------------------
@@ -220,8 +220,7 @@ class CurrentRound:
             ) from error
 
     def _publish(self, decision: Decision, number: int) -> None:
-        for group, changes in decision.changes.items():
-            self._host.publish_edit(group, changes)
+        self._host.publish_edits(decision.changes)
         text = f"round skipped: {decision.skip_reason}" if decision.skipped else f"step {number}"
         self._host.publish("round", text, grad_norm=decision.grad_norm, ranks=list(decision.ranks), **decision.metrics)
 

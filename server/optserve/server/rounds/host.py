@@ -6,25 +6,27 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from optserve.server.jobs import Job
 from optserve.server.jobs import spec as specs
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import Initialized, Joined, Left, Record, Result
+from optserve.server.records import Changes, Initialized, Joined, Left, Record, Result
 from optserve.server.rounds.events import EventLog
 from optserve.server.rounds.membership import Leases, admit
 from optserve.server.rounds.protocols import Journal
 from optserve.server.store import Hold, StoreState
 from optserve.v1 import jobs_pb2
 from optserve.wire import errors
-from optserve.wire.values import Value
 
 logger = logging.getLogger("optserve.server")
 
 POLL_SECONDS = 1.0
 """A waiter looks by itself that often whether its caller still lives."""
+
+HEARTBEAT_SECONDS = 0.1
+"""How long a heartbeat waits for a job that is busy."""
 
 READERS_SECONDS = 30.0
 """How long an edit of arrays waits for workers that pull."""
@@ -84,9 +86,10 @@ class JobHost:
         level = logging.DEBUG if kind == "round" else logging.INFO
         logger.log(level, "job %s version %d: %s", self.job.name or self.job.job_id, self.job.position.version, message)
 
-    def publish_edit(self, group: int, changes: Mapping[str, Value]) -> None:
-        text = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-        self.publish("group", f"group {group}: {text}", group=group)
+    def publish_edits(self, changes: Changes) -> None:
+        for group, entries in changes.items():
+            text = ", ".join(f"{name}={value!r}" for name, value in entries.items())
+            self.publish("group", f"group {group}: {text}", group=group)
 
     def hold(self, session_id: str) -> Hold:
         """The weights for a member to read in place: the next update waits for it. Dropping the member ends it."""
@@ -245,13 +248,20 @@ class JobHost:
         self.on_membership()
 
     def heartbeat(self, session_id: str, epoch: int) -> None:
-        """Renews a lease. FencedError or NotJoinedError."""
+        """Renews a lease. FencedError or NotJoinedError, but of a job that is busy with the next heartbeat.
+
+        The few threads that serve heartbeats serve all jobs: none waits for one job's long update or compilation.
+        """
         self.leases.extend(session_id, self.clock())  # before the lock: a long update must not make the living look dead
-        with self.changed:
+        if not self.changed.acquire(timeout=HEARTBEAT_SECONDS):  # not `with`: that would wait
+            return
+        try:
             self.check_open()
             if session_id != self.owner_session:
                 self.job.sessions.check_member(session_id, epoch)
             self.leases.renew(session_id, self.clock())
+        finally:
+            self.changed.release()
 
     def leave(self, session_id: str, epoch: int) -> None:
         """Ends a membership; again changes nothing."""

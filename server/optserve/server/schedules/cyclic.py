@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from optserve.server.schedules.arguments import Argument, count, flag, number, optional, per_group, period, refuse, word
-from optserve.server.schedules.definition import ScheduleState, Values
-from optserve.server.schedules.momentum import MOMENTUM, Groups, begun, beta1, beta1_taken, one, per_group_of, turned
-from optserve.server.schedules.single import Arguments, Call, Single, Taken, numbers, of_groups, one_of_groups
+from optserve.server.schedules.definition import Groups, ScheduleState, Values
+from optserve.server.schedules.momentum import MOMENTUM, begun, beta1, beta1_taken, turned
+from optserve.server.schedules.single import Arguments, Call, Single, Taken, numbers, of_another_group, of_groups, one_of_groups
 
 
 def _cyclic_sizes(arguments: Arguments) -> tuple[float, float]:
@@ -26,7 +26,7 @@ def _cyclic_sizes(arguments: Arguments) -> tuple[float, float]:
 def _cyclic_writes(groups: Groups, arguments: Arguments, last_epoch: int) -> list[Values]:
     found: list[Values] = [{} for _ in groups]
     if last_epoch == -1:
-        found = [{"lr": rate} for rate in per_group_of(arguments, "base_lr", len(groups))]
+        found = [{"lr": rate} for rate in of_groups(arguments, "base_lr", len(groups))]
     momenta = begun(groups, arguments, last_epoch)
     return [{**edit, **more} for edit, more in zip(found, momenta, strict=True)]
 
@@ -39,10 +39,10 @@ def _cyclic_lr(call: Call) -> tuple[list[Values], dict[str, Any]]:
     x = 1.0 + epoch / size - cycle
     height = x / ratio if x <= ratio else (x - 1) / (ratio - 1)
     scale = _cyclic_scale(arguments, cycle, epoch)
-    pairs = zip(call.base_lrs, per_group_of(arguments, "max_lr", groups), strict=True)
+    pairs = zip(call.base_lrs, of_groups(arguments, "max_lr", groups), strict=True)
     values: list[Values] = [{"lr": base + (most - base) * height * scale} for base, most in pairs]
     if arguments["cycle_momentum"]:
-        low, high = (per_group_of(arguments, name, groups) for name in MOMENTUM)
+        low, high = (of_groups(arguments, name, groups) for name in MOMENTUM)
         for edit, group, least, most in zip(values, call.groups, low, high, strict=True):
             edit.update(turned(group, most - (most - least) * height * scale))
     return values, beta1(call)
@@ -51,8 +51,8 @@ def _cyclic_lr(call: Call) -> tuple[list[Values], dict[str, Any]]:
 def _cyclic_base(state: ScheduleState, _group: Mapping[str, Any]) -> float:
     arguments = state.arguments
     for name in ("max_lr", *(MOMENTUM if arguments["cycle_momentum"] else ())):
-        one(arguments, name)
-    return one(arguments, "base_lr")
+        of_another_group(arguments, name)
+    return of_another_group(arguments, "base_lr")
 
 
 def _cyclic_scale(arguments: Arguments, cycle: int, epoch: int) -> float:
@@ -66,7 +66,7 @@ def _cyclic_head(state: ScheduleState) -> dict[str, Any]:
     size, ratio = _cyclic_sizes(arguments)
     names = MOMENTUM if arguments["cycle_momentum"] else ()
     return {
-        "max_lrs": list(per_group_of(arguments, "max_lr", groups)),
+        "max_lrs": list(of_groups(arguments, "max_lr", groups)),
         "total_size": size,
         "step_ratio": ratio,
         "mode": arguments["mode"],
@@ -74,7 +74,7 @@ def _cyclic_head(state: ScheduleState) -> dict[str, Any]:
         "scale_mode": "iterations" if arguments["mode"] == "exp_range" else "cycle",
         "cycle_momentum": arguments["cycle_momentum"],
         **state.own,
-        **{f"{name}s": list(per_group_of(arguments, name, groups)) for name in names},
+        **{f"{name}s": list(of_groups(arguments, name, groups)) for name in names},
     }
 
 
@@ -113,7 +113,7 @@ CYCLIC_LR = Single(
     },
     writes=_cyclic_writes,
     rule=_cyclic_lr,
-    bases=lambda arguments, groups: of_groups("base_lr", arguments["base_lr"], groups),
+    bases=lambda arguments, groups: of_groups(arguments, "base_lr", groups),
     base_of=_cyclic_base,
     head=_cyclic_head,
     tail=lambda _: {"_scale_fn_custom": None},

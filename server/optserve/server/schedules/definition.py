@@ -17,6 +17,9 @@ from optserve.wire.arguments import NOT_CALLED, Factors
 from optserve.wire.errors import InvalidHyperparameterError
 from optserve.wire.values import Value
 
+Groups = Sequence[Mapping[str, Any]]
+"""Param groups, by torch's keys."""
+
 Values = dict[str, Value]
 """What a schedule gives a group, by torch's keys."""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from optserve.server.schedules.definition import ScheduleState
+from optserve.server.schedules.definition import Groups, ScheduleState
 from optserve.server.schedules.state import check_size
 from optserve.server.schedules.table import described, unbegun
 from optserve.wire.errors import InputError, InvalidStateDictError
@@ -22,7 +21,7 @@ def state_dict(state: ScheduleState) -> dict[str, Any]:
     return state.schedule.to_torch(state)
 
 
-def load(state: ScheduleState, document: object, groups: Sequence[Mapping[str, Any]]) -> ScheduleState:
+def load(state: ScheduleState, document: object, groups: Groups) -> ScheduleState:
     """The schedule put where a state_dict of its class stands, with the arguments that torch keeps in it.
 
     What torch keeps in derived form only (OneCycleLR's phases, CyclicLR's sizes) must be what the schedule has.

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from optserve.server.schedules.arguments import flag
-from optserve.server.schedules.definition import ScheduleState, Values
+from optserve.server.schedules.definition import Groups, ScheduleState, Values
 from optserve.server.schedules.single import Arguments, Call, of_groups
-from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError
-
-Groups = Sequence[Mapping[str, Any]]
+from optserve.wire.errors import InvalidHyperparameterError
 
 MOMENTUM = ("base_momentum", "max_momentum")
-
-
-def per_group_of(arguments: Arguments, name: str, groups: int) -> tuple[float, ...]:
-    return of_groups(name, arguments[name], groups)
 
 
 def turned(group: Mapping[str, Any], momentum: float) -> Values:
@@ -26,7 +20,7 @@ def turned(group: Mapping[str, Any], momentum: float) -> Values:
 
 def begun(groups: Groups, arguments: Arguments, last_epoch: int) -> list[Values]:
     """What the constructor writes of momentum into each group."""
-    low, high = (per_group_of(arguments, name, len(groups)) for name in MOMENTUM)
+    low, high = (of_groups(arguments, name, len(groups)) for name in MOMENTUM)
     if not arguments["cycle_momentum"]:
         return [{} for _ in groups]
     if not all("momentum" in group or "betas" in group for group in groups):
@@ -37,17 +31,6 @@ def begun(groups: Groups, arguments: Arguments, last_epoch: int) -> list[Values]
         {**turned(group, most), "max_momentum": most, "base_momentum": least}
         for group, least, most in zip(groups, low, high, strict=True)
     ]
-
-
-def one(arguments: Arguments, name: str) -> float:
-    """The argument for a group that is added in mid-run. InvalidArgumentError if each group has its own."""
-    value = arguments[name]
-    if isinstance(value, tuple):
-        raise InvalidArgumentError(
-            f"{name} has one value for each of {len(value)} param groups, and none for another; set the schedule anew"
-        )
-    found: float = value
-    return found
 
 
 def beta1(call: Call) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from optserve.server.schedules.arguments import Argument, flag, number, optional, per_group, plain, word
-from optserve.server.schedules.definition import ScheduleState, Values
-from optserve.server.schedules.momentum import MOMENTUM, Groups, begun, beta1, beta1_taken, one, per_group_of, turned
-from optserve.server.schedules.single import Arguments, Call, Single, Taken
+from optserve.server.schedules.definition import Groups, ScheduleState, Values
+from optserve.server.schedules.momentum import MOMENTUM, begun, beta1, beta1_taken, turned
+from optserve.server.schedules.single import Arguments, Call, Single, Taken, of_another_group, of_groups
 from optserve.wire.errors import InvalidArgumentError, InvalidHyperparameterError
 
 
@@ -58,7 +58,7 @@ def _phase(end: float, start_lr: str, end_lr: str, start_momentum: str, end_mome
 
 
 def _one_cycle_writes(groups: Groups, arguments: Arguments, last_epoch: int) -> list[Values]:
-    rates = per_group_of(arguments, "max_lr", len(groups))
+    rates = of_groups(arguments, "max_lr", len(groups))
     found: list[Values] = [{} for _ in groups]
     if last_epoch == -1:
         found = [_one_cycle_rates(arguments, rate) for rate in rates]
@@ -109,10 +109,10 @@ def _line(start: float, end: float, part: float) -> float:
 def _one_cycle_keys(state: ScheduleState, group: Mapping[str, Any]) -> Values:
     """As if the group had been there, but for its rate and momentum, which it keeps until the next step."""
     arguments = state.arguments
-    keys = _one_cycle_rates(arguments, group["max_lr"] if "max_lr" in group else one(arguments, "max_lr"))
+    keys = _one_cycle_rates(arguments, group["max_lr"] if "max_lr" in group else of_another_group(arguments, "max_lr"))
     momenta = reversed(MOMENTUM) if arguments["cycle_momentum"] else ()
     found: Values = {name: value for name, value in keys.items() if name not in group}
-    return found | {name: one(arguments, name) for name in momenta if name not in group}
+    return found | {name: of_another_group(arguments, name) for name in momenta if name not in group}
 
 
 def _one_cycle_head(state: ScheduleState) -> dict[str, Any]:

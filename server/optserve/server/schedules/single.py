@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optserve.server.schedules.arguments import MOST_EPOCHS, checked, epoch, number, plain
-from optserve.server.schedules.definition import Schedule, ScheduleState, Values, Walk, edit, rates
+from optserve.server.schedules.definition import Groups, Schedule, ScheduleState, Values, Walk, edit, rates
 from optserve.wire.arguments import ScheduleValue
 from optserve.wire.errors import InputError, InvalidArgumentError, InvalidHyperparameterError
 
@@ -33,7 +33,7 @@ class Call:
     """What a rule reads: one step of one schedule. `groups` hold at least what the schedule changes ("lr")."""
 
     position: Position
-    groups: Sequence[Mapping[str, Any]]
+    groups: Groups
     base_lrs: Sequence[float]
     own: Mapping[str, Any]
     arguments: Arguments
@@ -47,7 +47,7 @@ Taken = tuple[dict[str, Any], dict[str, Any]]
 """Arguments and `own`, not checked yet."""
 
 
-def _writes_nothing(_groups: Sequence[Mapping[str, Any]], _arguments: Arguments, _last_epoch: int) -> list[Values]:
+def _writes_nothing(_groups: Groups, _arguments: Arguments, _last_epoch: int) -> list[Values]:
     return []
 
 
@@ -92,7 +92,7 @@ class Single(Schedule):
     """torch's get_lr: new values from the position and what is now."""
     closed: Rule | None = None
     """torch's closed form at epoch 0, where it has one: what SequentialLR turns to it with."""
-    writes: Callable[[Sequence[Mapping[str, Any]], Arguments, int], list[Values]] = _writes_nothing
+    writes: Callable[[Groups, Arguments, int], list[Values]] = _writes_nothing
     """(groups, arguments, last_epoch): what torch's constructor writes into each group before its first step."""
     keeps: Callable[[Arguments, int], dict[str, Any]] = _nothing
     """(arguments, last_epoch): `own` before the first step."""
@@ -229,8 +229,9 @@ def from_base(rate: Callable[..., float]) -> Rule:
     return rule
 
 
-def of_groups(name: str, value: Any, groups: int) -> tuple[float, ...]:
-    """One number a group. InvalidHyperparameterError with torch's message if a list has not as many."""
+def of_groups(arguments: Arguments, name: str, groups: int) -> tuple[float, ...]:
+    """The argument as one number a group. InvalidHyperparameterError with torch's message if a list has not as many."""
+    value = arguments[name]
     if not isinstance(value, tuple):
         return (value,) * groups
     if len(value) != groups:
@@ -238,7 +239,19 @@ def of_groups(name: str, value: Any, groups: int) -> tuple[float, ...]:
             f"{name} must have the same length as optimizer.param_groups. "
             f"{name} has {len(value)} values, param_groups has {groups}."
         )
-    return value
+    found: tuple[float, ...] = value
+    return found
+
+
+def of_another_group(arguments: Arguments, name: str) -> float:
+    """The argument for a group that is added in mid-run. InvalidArgumentError if each group has its own."""
+    value = arguments[name]
+    if isinstance(value, tuple):
+        raise InvalidArgumentError(
+            f"{name} has one value for each of {len(value)} param groups, and none for another; set the schedule anew"
+        )
+    found: float = value
+    return found
 
 
 def one_of_groups(found: tuple[float, ...], before: ScheduleValue) -> Any:

@@ -8,12 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from optserve.server.schedules.arguments import MOST_MILESTONES
-from optserve.server.schedules.definition import Functions, ScheduleState, Values, Walk
+from optserve.server.schedules.definition import Functions, Groups, ScheduleState, Values, Walk
 from optserve.server.schedules.table import unbegun
 from optserve.wire.arguments import Factors
 from optserve.wire.errors import InputError, InvalidArgumentError, MissingFunctionError
-
-Groups = Sequence[Mapping[str, Any]]
 
 _MOST_RATES = 1 << 13
 """Of a schedule, over all schedules in it: a message and a stored result have room for what it keeps of each."""
@@ -25,7 +23,8 @@ def create(
     """What constructing torch's scheduler does: the state, and what changes in each group (`initial_lr`, often `lr`, ...).
 
     UnknownScheduleError for a name or argument that does not exist, InvalidHyperparameterError for a value;
-    MissingFunctionError if it calls functions, and `factors` are not what it calls.
+    InvalidArgumentError if there is more to keep than can be sent; MissingFunctionError if it calls functions, and `factors`
+    are not what it calls.
     """
     state = unbegun(name, arguments)
     check_size(state, len(groups))

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from optserve.server.schedules.arguments import Argument, per_group, whole, word
-from optserve.server.schedules.definition import ScheduleState, Values
-from optserve.server.schedules.momentum import Groups, one, per_group_of
-from optserve.server.schedules.single import Arguments, Call, Single, Taken
+from optserve.server.schedules.definition import Groups, ScheduleState, Values
+from optserve.server.schedules.single import Arguments, Call, Single, Taken, of_another_group, of_groups
 
 
 def _swa_writes(groups: Groups, arguments: Arguments, _last_epoch: int) -> list[Values]:
-    return [{"swa_lr": rate} for rate in per_group_of(arguments, "swa_lr", len(groups))]
+    return [{"swa_lr": rate} for rate in of_groups(arguments, "swa_lr", len(groups))]
 
 
 def _swa_lr(call: Call) -> tuple[list[Values], dict[str, Any]]:
@@ -37,7 +36,7 @@ def _swa_weight(arguments: Arguments, part: float) -> float:
 
 
 def _swa_keys(state: ScheduleState, group: Mapping[str, Any]) -> Values:
-    return {} if "swa_lr" in group else {"swa_lr": one(state.arguments, "swa_lr")}
+    return {} if "swa_lr" in group else {"swa_lr": of_another_group(state.arguments, "swa_lr")}
 
 
 def _swa_head(state: ScheduleState) -> dict[str, Any]:

@@ -5,11 +5,11 @@ kind decides where its rule stands: a function of one rate in `rates.py`, rates 
 `swa.py`, a metric in `plateau.py`, other schedules in `composed.py`.
 
 Deviations from torch, all of them errors where torch goes on or breaks later: NaN and Inf are no arguments; `step_size`,
-`T_max` and the sizes of a cycle are positive, `total_iters` is not negative, milestones are whole; a step whose result is not
-finite changes nothing; a SequentialLR that could not turn to one of its schedules is not made; functions stay with the
-client, and a CyclicLR takes none. A group added in mid-run gets a base rate and the keys that its schedule reads (`extend`),
-where torch gives it none and fails at the next step or at its turn; it is refused if the schedule has one value for each
-group.
+`T_max` and the sizes of a cycle are positive, `total_iters` is not negative, milestones are whole, a list of momenta has one
+for each group even if they are not turned; a step whose result is not finite, at its end or on the way, changes nothing; a
+SequentialLR that could not turn to one of its schedules is not made; functions stay with the client, and a CyclicLR takes
+none. A group added in mid-run gets a base rate and the keys that its schedule reads (`extend`), where torch gives it none and
+fails at the next step or at its turn; it is refused if the schedule has one value for each group.
 """
 
 from __future__ import annotations

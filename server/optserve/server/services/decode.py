@@ -55,8 +55,12 @@ def fingerprint(request: Message, *more: bytes) -> str:
     content.CopyFrom(request)
     for name in {"call", "groups_version"}.intersection(content.DESCRIPTOR.fields_by_name):
         content.ClearField(name)
-    digest = hashlib.blake2b(content.SerializeToString(deterministic=True), digest_size=16)
-    for part in more:
+    return _digest(content.SerializeToString(deterministic=True), *more)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
         digest.update(part)
     return digest.hexdigest()
 
@@ -75,20 +79,21 @@ def push(begin: data_pb2.PushBegin) -> Push:
     beyond = [index for index in begin.absent if index >= begin.parameter_count]
     if beyond:
         raise errors.UnknownParameterError(f"parameter {beyond[0]} is absent, but only {begin.parameter_count} are announced")
-    changes = _changes(begin.changes)
+    changes = group_changes(begin.changes)
     content = (begin.contribution, begin.weight, begin.parameter_count, tuple(begin.absent), begin.content_fingerprint, changes)
-    identity, saw = caller(begin.call, repr(content))
+    identity, saw = caller(begin.call, _digest(repr(content).encode()))
     weight = begin.weight if gradient else 0.0
     absent = frozenset(begin.absent)
     metrics, found = dict(begin.metrics), tuple(begin.nonfinite)
     return Push(identity, saw, begin.contribution, weight, begin.parameter_count, absent, metrics, found, changes)
 
 
-def _changes(entries: Iterable[types_pb2.GroupChange]) -> dict[int, dict[str, Value]]:
+def group_changes(entries: Iterable[types_pb2.GroupChange]) -> dict[int, dict[str, Value]]:
+    """Hyperparameters by group and name. InvalidArgumentError, InvalidHyperparameterError if something comes twice."""
     changes: dict[int, dict[str, Value]] = {}
     for entry in entries:
         if entry.group in changes:
-            raise errors.InvalidArgumentError(f"group {entry.group} is changed twice in one push")
+            raise errors.InvalidArgumentError(f"group {entry.group} is changed twice in one call")
         changes[entry.group] = from_hyperparameters(entry.hyperparameters)
     return changes
 

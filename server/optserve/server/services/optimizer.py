@@ -73,7 +73,8 @@ class OptimizerService(optimizer_pb2_grpc.OptimizerServiceServicer):
         running = self._registry.find(request.call.job_id)
         caller, seen = decode.caller(request.call, decode.fingerprint(request))
         metric = request.metric if request.HasField("metric") else None
-        record = ScheduleStepped(caller, request.count, metric, decode.factors(request.factors), request.setting)
+        factors, changes = decode.factors(request.factors), decode.group_changes(request.changes)
+        record = ScheduleStepped(caller, request.count, metric, factors, request.setting, changes)
         result = running.administration.step_schedule(caller, seen, record)
         return optimizer_pb2.StepScheduleResponse(
             position=encode.position(result),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,10 @@ class Store:
         self.version = 0
         self._steps = _steps(optimizer, backend, backend.threads or threads or core_count())
         self._columns: list[Column] = []
+        self._rehearsed: set[int] = set()
+        """Ids of the arrays of whose steps a device is known to have all that they need."""
         self._access = Access()  # guards everything above
+        self._reserved: dict[int, FlatArray] = {}  # accumulators by array, for who asks first; taken out at one go
         self._snapshot: weakref.ref[_Snapshot] | None = None
         self._snapshot_version = -1
         self._snapshot_lock = threading.Lock()  # guards the two above
@@ -116,19 +119,28 @@ class Store:
 
     # Steps
 
-    def accumulators(self) -> dict[int, FlatArray]:
-        """Fresh zeros for gradients: one array of the state dtype for each flat array."""
-        return {column.array.array_id: column.accumulator() for column in self._columns}
+    def accumulators(self, held: Container[int] = ()) -> dict[int, FlatArray]:
+        """Zeros for gradients, the caller's own: one array of the state dtype for each flat array whose id is not in `held`."""
+        columns = {column.array.array_id: column for column in self._columns if column.array.array_id not in held}
+        reserved = {array_id: self._reserved.pop(array_id, None) for array_id in columns}
+        return {
+            array_id: column.accumulator() if (found := reserved[array_id]) is None else found
+            for array_id, column in columns.items()
+        }
 
     def prepare(self, groups: Groups, timeout_seconds: float = _WAIT_SECONDS) -> None:
-        """Compiles every kernel and allocates all state that these hyperparameters need. OutOfMemoryError."""
+        """Compiles every kernel and allocates all state that these hyperparameters need; on a device the first `accumulators`
+        too, and what steps compute besides. OutOfMemoryError."""
         self._check_groups(groups)
         for column in self._columns:
             self._steps.prepare(column, groups[column.array.group])
-        if self.lacks_state(groups):
+        if self.lacks_state(groups) or self._unrehearsed():
             with self._access.writing("allocating optimizer state", timeout_seconds):
                 self._allocate(groups, rehearses=not self.backend.on_host)
         self.create_state(groups, timeout_seconds)
+
+    def _unrehearsed(self) -> bool:
+        return not self.backend.on_host and len(self._rehearsed) < len(self._columns)
 
     def lacks_state(self, groups: Groups) -> bool:
         """Whether these hyperparameters need state that is not there: then `prepare` waits for readers."""
@@ -185,10 +197,21 @@ class Store:
         """All that is lacking, or with OutOfMemoryError nothing; it also tries what steps need besides."""
         lacking = [(column, column.slots.lacking(groups[column.array.group])) for column in self._columns]
         arrays = [(column, made(shapes, column.state_dtype, self.backend)) for column, shapes in lacking if shapes]
-        for column in self._columns if rehearses else ():
-            self._steps.rehearse(column, groups[column.array.group])
+        if rehearses:
+            self._rehearse(groups, {column.array.array_id for column, _ in arrays})
         for column, found in arrays:
             column.slots.add(found, self.optimizer.initial(groups[column.array.group]))
+
+    def _rehearse(self, groups: Groups, changed: Container[int]) -> None:
+        """With all state allocated; of arrays that are new, or whose state changes."""
+        columns = {column.array.array_id: column for column in self._columns}
+        new = columns.keys() - self._rehearsed
+        reserved = {array_id: columns[array_id].accumulator() for array_id in new}
+        for array_id, column in columns.items():
+            if array_id in new or array_id in changed:
+                self._steps.rehearse(column, groups[column.array.group])
+        self._reserved |= reserved
+        self._rehearsed |= new
 
     def _create_state(self, groups: Groups) -> None:
         if self.optimizer.stateful_from_creation:

@@ -43,9 +43,12 @@ class TensorwiseSteps:
         self._backend.prepare(column.array.dtype)
 
     def rehearse(self, column: Column, group: Group) -> None:
-        """Steps zeros as large as the column's largest parameter: a device keeps the memory that temporaries need, and
-        compiles. OutOfMemoryError."""
-        place = max(column.places, key=lambda place: place.size)
+        """Steps zeros as large as the column's largest parameter of each number of dimensions: a device keeps the memory that
+        temporaries need, and compiles. OutOfMemoryError."""
+        for place in {len(place.shape): place for place in sorted(column.places, key=lambda place: place.size)}.values():
+            self._rehearse(column, group, place)
+
+    def _rehearse(self, column: Column, group: Group, place: Place) -> None:
         shape, slots = real_shape(place), slot_shapes(self._optimizer, group, place)
         p, g = (made({"": shape}, column.state_dtype, self._backend)[""] for _ in range(2))
         state = made(slots, column.state_dtype, self._backend)
@@ -54,7 +57,7 @@ class TensorwiseSteps:
             with np.errstate(all="ignore"), _memory(place, "nothing was changed"):
                 self._optimizer.step(self._backend.xp, group, 1, place.dtype, p, g, state)
 
-        self._backend.run(work)
+        self._backend.run(work, compiles=True)
 
     def step(self, entries: Sequence[Entry], scale: float) -> None:
         """One step of all that the entries name; the state that it needs is there."""

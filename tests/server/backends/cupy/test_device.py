@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import cupy_stand_in
 import numpy as np
 import pytest
-from cupy_stand_in import CUDARuntimeError, PinnedMemory
+from cupy_stand_in import CUDADriverError, CUDARuntimeError, PinnedMemory, RawModule
 from host_kernels import library, needs_compiler
 
 from optserve.server.backends import select
@@ -27,6 +30,7 @@ from optserve.wire.errors import InternalError, MissingExtraError, OutOfMemoryEr
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The stand-in, and an NVRTC that is always found."""
     monkeypatch.setattr(devices.nvrtc, "find", lambda major: nvrtc.MAJORS if major == 13 else None)
+    monkeypatch.setattr(devices, "_driver_loaded_by", None)
     return cupy_stand_in.install(monkeypatch)
 
 
@@ -103,6 +107,16 @@ def test_memory_is_looked_for_before_it_is_asked_for(cupy: Any, monkeypatch: pyt
         device.pinned(1024)
 
 
+def test_no_memory_for_kernels_is_a_typed_error(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CupyDevice()
+    monkeypatch.setattr(RawModule, "refused", 2)
+    with pytest.raises(OutOfMemoryError, match="stand-in has no memory for kernels: driver error 2"):
+        device.load(b"", ["a"])
+    monkeypatch.setattr(RawModule, "refused", 222)
+    with pytest.raises(CUDADriverError):
+        device.load(b"", ["a"])
+
+
 def test_nothing_is_in_the_way_of_a_gpu(cupy: Any) -> None:
     assert obstacle() is None
     assert CupyDevice().arch == 90
@@ -112,17 +126,39 @@ def test_nothing_is_in_the_way_of_a_gpu(cupy: Any) -> None:
     ("driver", "status", "said"),
     [
         (0, 35, "there is no NVIDIA driver: error 35"),
-        (12040, 35, r"the NVIDIA driver knows CUDA 12\.4, CuPy is made for CUDA 13: error 35"),
-        (13000, None, "there is a driver, but no NVIDIA device"),
+        (12040, 35, "the NVIDIA driver knows CUDA 12.4, CuPy is made for CUDA 13: pip install 'optserve[cuda12]' in its place"),
+        (11080, 35, "the NVIDIA driver knows CUDA 11.8, CuPy is made for CUDA 13: install a later driver"),
+        (13000, 100, "there is a driver, but no NVIDIA device, or CUDA_VISIBLE_DEVICES names none"),
+        (13000, 802, "the NVIDIA driver does not start: error 802"),
     ],
 )
-def test_what_is_in_the_way_is_said(driver: int, status: int | None, said: str, cupy: Any) -> None:
+def test_what_is_in_the_way_is_said(driver: int, status: int, said: str, cupy: Any) -> None:
     runtime = cupy.cuda.runtime
-    runtime.driver, runtime.devices = driver, 0
-    if status:
-        runtime.statuses["getDeviceCount"] = status
-    with pytest.raises(MissingExtraError, match=f"^{said}$"):
+    runtime.driver, runtime.statuses["getDeviceCount"] = driver, status
+    with pytest.raises(MissingExtraError, match=f"^{re.escape(said)}$"):
         CupyDevice()
+
+
+def test_a_device_that_does_not_answer_at_all_cannot_be_used(cupy: Any) -> None:
+    cupy.cuda.runtime.statuses["getDeviceProperties"] = 46
+    with pytest.raises(MissingExtraError, match=r"^the device cannot be used: error 46$"):
+        CupyDevice()
+
+
+@pytest.mark.parametrize(("version", "runtime"), [("13.6.0", 13020), ("14.1.1", 12090), ("14.2.0", 11080)])
+def test_an_older_cupy_is_in_the_way(version: str, runtime: int, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no bfloat16."""
+    monkeypatch.setattr(cupy, "__version__", version)
+    monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: runtime)
+    assert str(obstacle()).startswith(
+        f"CuPy {version} for CUDA {runtime // 1000} is installed, but 14.2 or later for CUDA 12 or 13"
+    )
+
+
+def test_a_forked_child_has_no_gpu(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert obstacle() is None
+    monkeypatch.setattr(devices.os, "getpid", lambda: 1)
+    assert str(obstacle()).startswith("this process was forked from one that uses the GPU")
 
 
 def test_a_missing_nvrtc_is_in_the_way(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,15 +169,36 @@ def test_a_missing_nvrtc_is_in_the_way(cupy: Any, monkeypatch: pytest.MonkeyPatc
     assert obstacle() == "no NVRTC 13"
 
 
-def test_cupy_that_cannot_be_imported_is_in_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "cupy.py").write_text("raise PermissionError(13, 'Permission denied', '/.cupy')")
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            "PermissionError(13, 'Permission denied', '/.cupy')",
+            "[Errno 13] Permission denied: '/.cupy'. It needs a writable folder: set CUPY_CACHE_DIR to one",
+        ),
+        (r"ImportError('\n=====\nFailed to import CuPy.\n\n  libcudart==13\n=====\n')", "Failed to import CuPy. libcudart==13"),
+        ("RuntimeError('module compiled against another NumPy')", "module compiled against another NumPy"),
+    ],
+)
+def test_cupy_that_cannot_be_imported_is_in_the_way(
+    raised: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cupy.py").write_text(f"raise {raised}")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(devices, "_driver_loaded_by", None)
     importlib.invalidate_caches()
-    assert obstacle() == (
-        "CuPy cannot be imported: [Errno 13] Permission denied: '/.cupy'. It needs a writable folder: set CUPY_CACHE_DIR to one"
+    assert obstacle() == f"CuPy cannot be imported: {said}"
+
+
+def test_a_server_on_a_cpu_imports_no_cupy(tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("print('imported')")
+    code = "import optserve.server.backends.cupy.backend; from optserve.server import backends; backends.select('numpy')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-
-
-def test_looking_imports_no_cupy_that_is_not_asked_for() -> None:
-    assert "cupy" not in sys.modules
+    assert ended.stdout == ""

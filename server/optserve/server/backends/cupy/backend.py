@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from optserve.server.backends.cupy import source
 from optserve.server.backends.cupy.device import Device
-from optserve.server.backends.cupy.thread import SLOT_BYTES, DeviceThread
+from optserve.server.backends.cupy.thread import COMPILE_SECONDS, SLOT_BYTES, DeviceThread
 from optserve.server.backends.interface import Array, Backend, check_lengths
 from optserve.server.backends.norms import LANES, SEGMENT
 from optserve.server.formulas import Elementwise
@@ -113,6 +113,7 @@ class CupyBackend:
         self._shared = dict(zip(names, self.load(text, names), strict=True))
         # Used on the compute stream alone, whose calls follow each other.
         self._lanes, self._halved, self._sums = (self.zeros(_ROWS * width, np.float64) for width in (LANES, source.HALVED, 1))
+        thread.in_use = True
 
     # Memory
 
@@ -120,8 +121,8 @@ class CupyBackend:
         return self._thread.call("an array", lambda: self._device.zeros(length, dtype))
 
     def host_zeros(self, length: int, dtype: npt.DTypeLike) -> Array:
-        kind = np.dtype(dtype)
-        return self._device.pinned(length * kind.itemsize).view(kind)
+        nbytes = length * np.dtype(dtype).itemsize
+        return self._thread.call_here("pinned memory", lambda: self._device.pinned(nbytes)).view(dtype)
 
     def to_host(self, array: Array) -> Array:
         flat, host = array.reshape(-1), np.empty(array.size, array.dtype)
@@ -196,8 +197,8 @@ class CupyBackend:
             slot.event = self._thread.call("reading back", fetch)
             self._thread.wait("reading back", slot.event)
 
-    def run(self, work: Callable[[], Result]) -> Result:
-        return self._thread.call("the update", work)
+    def run(self, work: Callable[[], Result], compiles: bool = False) -> Result:
+        return self._thread.call("the update", work, COMPILE_SECONDS if compiles else None)
 
     # Kernels
 
@@ -228,7 +229,8 @@ class CupyBackend:
             raise ValueError(f"{len(values)} values cannot be folded into {len(into)}")
         size = source.pack_size(into.dtype, values.dtype)
         kernel = self._shared[source.fold_name(into.dtype, values.dtype, first)]
-        factor = into.dtype.type(ratio)
+        with np.errstate(all="ignore"):
+            factor = into.dtype.type(ratio)
         for where in _pieces(values, SLOT_BYTES):
             part, target = values[where], into[where]
             with self._thread.slot() as slot:

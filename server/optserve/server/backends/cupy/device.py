@@ -7,6 +7,7 @@ all memory is allocated on `compute`, so that what is freed may be used again by
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,11 @@ from optserve.server.backends.cupy import nvrtc
 from optserve.server.backends.interface import Array
 from optserve.wire.errors import MissingExtraError, OutOfMemoryError
 
-_DONE, _NOT_READY, _NO_MEMORY = 0, 600, 2
-"""cudaSuccess, cudaErrorNotReady, cudaErrorMemoryAllocation."""
+_DONE, _NO_MEMORY, _OLD_DRIVER, _NO_DEVICE, _NOT_READY = 0, 2, 35, 100, 600
+"""cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInsufficientDriver, cudaErrorNoDevice, cudaErrorNotReady."""
+
+_LEAST_CUPY = (14, 2)
+"""Has arrays of bfloat16."""
 
 
 class Device(Protocol):
@@ -45,7 +49,7 @@ class Device(Protocol):
         """Compiles, in any thread."""
 
     def load(self, image: bytes, names: Sequence[str]) -> list[Any]:
-        """Kernels, ready to be launched."""
+        """Kernels, ready to be launched. OutOfMemoryError."""
 
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """On `compute`. Arrays go by their address, NumPy scalars and one-element structs by value."""
@@ -87,8 +91,11 @@ class CupyDevice:
 
         self.xp = cupy
         self._runtime = cupy.cuda.runtime
-        self._index = self._runtime.getDevice()
-        properties = self._runtime.getDeviceProperties(self._index)
+        try:
+            self._index = self._runtime.getDevice()
+            properties = self._runtime.getDeviceProperties(self._index)
+        except self._runtime.CUDARuntimeError as error:
+            raise MissingExtraError(f"the device cannot be used: {error}") from error
         self.name = properties["name"].decode()
         self.processors = int(properties["multiProcessorCount"])
         self.arch = 10 * int(properties["major"]) + int(properties["minor"])
@@ -106,12 +113,17 @@ class CupyDevice:
         return self._nvrtc.image(source, self.arch)
 
     def load(self, image: bytes, names: Sequence[str]) -> list[Any]:
-        # CuPy keeps modules by their path and reads the file when the first function is asked for.
+        # CuPy reads the file when the first function is asked for, and keeps modules by their path: each needs one of its own.
         with tempfile.TemporaryDirectory(prefix="optserve-") as folder:
             path = Path(folder) / "optserve.cubin"
             path.write_bytes(image)
             module = self.xp.RawModule(path=str(path))
-            return [module.get_function(name) for name in names]
+            try:
+                return [module.get_function(name) for name in names]
+            except self.failures as error:
+                if error.status != _NO_MEMORY:  # type: ignore[attr-defined]
+                    raise
+                raise OutOfMemoryError(f"{self.name} has no memory for kernels: {error}") from error
 
     def launch(self, kernel: Any, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         kernel((blocks,), (threads,), tuple(arguments), stream=self.compute)
@@ -167,8 +179,15 @@ class CupyDevice:
         return bool(status == _DONE)
 
 
+_driver_loaded_by: int | None = None
+"""A process id, once a device was found."""
+
+
 def obstacle() -> str | None:
-    """Why no formula can run on a GPU here, and what to do about it; None if one can. Loads the driver: not before a fork."""
+    """Why no formula can run on a GPU here, and what to do about it; None if it can. Loads the driver: not before a fork."""
+    global _driver_loaded_by
+    if _driver_loaded_by not in (None, os.getpid()):
+        return "this process was forked from one that uses the GPU, where CUDA does not work; spawn it instead"
     if importlib.util.find_spec("cupy") is None:
         return (
             "CuPy is not installed: pip install 'optserve[cuda13]' for a driver of version 580 or later, "
@@ -176,18 +195,35 @@ def obstacle() -> str | None:
         )
     try:
         import cupy  # pyright: ignore[reportMissingImports]
-    except (ImportError, OSError) as error:
+    except OSError as error:
         return f"CuPy cannot be imported: {error}. It needs a writable folder: set CUPY_CACHE_DIR to one"
+    except Exception as error:  # whatever a broken installation raises, in a frame of "="
+        return f"CuPy cannot be imported: {' '.join(word for word in str(error).split() if word.strip('='))}"
     major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    if tuple(map(int, cupy.__version__.split(".")[:2])) < _LEAST_CUPY or major not in nvrtc.MAJORS:
+        return (
+            f"CuPy {cupy.__version__} for CUDA {major} is installed, but 14.2 or later for CUDA 12 or 13 is needed: "
+            "uninstall it, then pip install 'optserve[cuda13]' or 'optserve[cuda12]'"
+        )
     try:
         nvrtc.find(major)
     except MissingExtraError as error:
         return str(error)
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
+        cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        driver = cupy.cuda.runtime.driverGetVersion()
-        if driver == 0:
-            return f"there is no NVIDIA driver: {error}"
-        return f"the NVIDIA driver knows CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy is made for CUDA {major}: {error}"
-    return None if count else "there is a driver, but no NVIDIA device"
+        return _trouble(error, cupy.cuda.runtime.driverGetVersion(), major)
+    _driver_loaded_by = os.getpid()
+    return None
+
+
+def _trouble(error: Any, driver: int, major: int) -> str:
+    """What CUDA's refusal means. `driver` is the CUDA that the driver knows, 0 if there is none; `major` is CuPy's."""
+    if driver == 0:
+        return f"there is no NVIDIA driver: {error}"
+    if error.status == _OLD_DRIVER:
+        instead = "pip install 'optserve[cuda12]' in its place" if driver // 1000 == 12 else "install a later driver"
+        return f"the NVIDIA driver knows CUDA {driver // 1000}.{driver % 1000 // 10}, CuPy is made for CUDA {major}: {instead}"
+    if error.status == _NO_DEVICE:
+        return "there is a driver, but no NVIDIA device, or CUDA_VISIBLE_DEVICES names none"
+    return f"the NVIDIA driver does not start: {error}"
