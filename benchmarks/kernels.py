@@ -46,6 +46,9 @@ HOW = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fuse
 TARGETS = {"numba": {"torch": 0.9, "moves": 0.9}, "numpy": {"loop": 1.5}}
 """Backend to the peers that it is measured against, and the least ratio for elementwise optimizers."""
 
+PAUSE_SECONDS = 0.05
+"""Before each turn: the threads of the one before, OpenMP's in torch above all, go on spinning for a while on the cores."""
+
 Step = Callable[[], object]
 
 
@@ -116,6 +119,7 @@ def interleaved(contenders: Mapping[str, Step], repeat: int) -> dict[str, list[f
         run()
     for _ in range(repeat):
         for name, run in contenders.items():
+            time.sleep(PAUSE_SECONDS)
             begin = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - begin)
@@ -148,7 +152,7 @@ def measure_one(
     ratios = {
         f"{backend}/{peer}": paired_ratio(times[peer], times[backend])
         for backend in backends
-        for peer in TARGETS[backend]
+        for peer in {**TARGETS[backend], "torch": 0}
         if peer in times
     }
     return {"optimizer": name, "options": options, "whole": whole, "threads": threads, "speeds": speeds, "ratios": ratios}

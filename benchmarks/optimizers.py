@@ -103,14 +103,16 @@ def rows() -> list[str]:
         wanted = [theirs(name, entry) for entry in starts]
         for backend in ("numba", "numpy"):
             errors = [float(np.abs(ours(name, backend, a) - b).max()) for a, b in zip(starts, wanted, strict=True)]
-            row = cpu.get(name, {"speeds": {}})
-            ways = [row["speeds"][way] for way in ("loop", "foreach", "fused") if way in row["speeds"]]
-            speed = row["speeds"].get(backend)
-            ratio = f"{speed / max(ways):.2f}" if speed and ways else "-"
+            row = cpu.get(name, {"speeds": {}, "ratios": {}})
+            speed, ratio = row["speeds"].get(backend), row["ratios"].get(f"{backend}/torch")
             kind = "" if isinstance(optimizer, Elementwise) else " ¹"
             cells = [f"{optimizer.name}{kind}", backend, *(f"{error:.0e}" for error in errors)]
-            found.append("| " + " | ".join([*cells, f"{speed:.2f}" if speed else "-", ratio, *_gpu(gpu.get(name))]) + " |")
+            found.append("| " + " | ".join([*cells, _number(speed), _number(ratio), *_gpu(gpu.get(name))]) + " |")
     return found
+
+
+def _number(found: float | None) -> str:
+    return "-" if found is None else f"{found:.2f}"
 
 
 def _gpu(found: tuple[float, float] | None) -> list[str]:
