@@ -183,14 +183,16 @@ def test_pull_into_a_folder_that_is_not_there_is_refused_before_the_server_is_as
 
 
 def test_events_tell_of_the_step(optserve: Command, job: Job) -> None:
-    job.update_group(0, lr=0.125)
+    edited = job.update_group(0, lr=0.125)
     events = [json.loads(line) for line in ok(optserve("job", "events", "j", "--json")).splitlines()]
     kinds = [event["kind"] for event in events]
     assert "joined" in kinds
     assert "round" in kinds
     assert kinds[-1] == "group"
     assert [event["index"] for event in events] == sorted(event["index"] for event in events)
-    assert "lr=0.125" in ok(optserve("job", "events", "j")).splitlines()[-1]
+    line = ok(optserve("job", "events", "j")).splitlines()[-1]
+    assert f"version {edited.version} " in line
+    assert "lr=0.125" in line
 
 
 def test_events_are_followed_until_ctrl_c(address: str, job: Job) -> None:

@@ -46,4 +46,5 @@ def _print_event(event: Event, as_json: bool) -> None:
         }
         print_json(entry, one_line=True)
     else:
-        click.echo(f"{moment(event.time_seconds)}  step {event.position.step:<6} {event.kind:<10} {event.message}")
+        at = f"version {event.position.version:<6} step {event.position.step:<6}"
+        click.echo(f"{moment(event.time_seconds)}  {at} {event.kind:<10} {event.message}")
