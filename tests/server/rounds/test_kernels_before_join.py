@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optserve.server.durability.journal import NullJournal
-from optserve.server.records import Caller, StateLoaded
+from optserve.server.records import Caller, Restored, StateLoaded
 from optserve.server.rounds.pushes import Done, Push
 from optserve.server.rounds.registry import Registry
 from optserve.v1 import data_pb2, jobs_pb2, types_pb2
@@ -51,23 +51,28 @@ def test_the_first_push_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(running.pushes.finish(ticket, lambda: True), Done)
 
 
-@pytest.fixture
-def load(house: Callable[..., Any]) -> tuple[Any, Callable[[], Any]]:
-    """A job of plain SGD, and a call that loads a state_dict of SGD with momentum."""
+@pytest.fixture(params=["state_dict", "checkpoint"])
+def load(house: Callable[..., Any], request: pytest.FixtureRequest) -> tuple[Any, Callable[[], Any]]:
+    """A job of plain SGD, and a call that loads a state_dict or restores a checkpoint of SGD with momentum."""
     running = house({"w": np.ones(8, np.float32)}).running
-    caller = Caller("admin", 0, 1, "content")
-    record = StateLoaded(caller, [{**running.job.groups[0], "momentum": 0.9}], {}, {})
-    return running.job, lambda: running.administration.load_state(caller, ("", 0), record)
+    job, caller = running.job, Caller("admin", 0, 1, "content")
+    groups = [{**job.groups[0], "momentum": 0.9}]
+    if request.param == "state_dict":
+        loaded = StateLoaded(caller, groups, {}, {})
+        return job, lambda: running.administration.load_state(caller, ("", 0), loaded)
+    content = job.store.export()
+    restored = Restored(caller, "later", {**job.to_document({}), "groups": groups}, content.values, content.state)
+    return job, lambda: running.administration.restore(caller, ("", 0), "it", lambda: restored)
 
 
-def test_what_a_loaded_state_dicts_options_need_is_there_before_the_next_push(load: Any) -> None:
+def test_what_loaded_options_need_is_there_before_the_next_push(load: Any) -> None:
     job, call = load
     call()
     assert job.groups[0]["momentum"] == 0.9
     assert not job.store.lacks_state(job.groups)
 
 
-def test_a_state_dict_whose_options_need_more_memory_than_there_is_changes_nothing(
+def test_a_load_whose_options_need_more_memory_than_there_is_changes_nothing(
     load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The optimizers, each written once: pure functions of one element, with their hyperparameters and host scalars."""
+"""The optimizers, each written once: pure functions of an element or a tensor, with hyperparameters and host scalars."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from optserve.server.formulas.arithmetic import counted
 from optserve.server.formulas.definition import Carried, Elementwise, Group
 from optserve.server.formulas.language import maximum, sqrt
 
-DEFAULTS = {
+_DEFAULTS = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
     "eps": 1e-8,
@@ -101,9 +101,8 @@ def adam(  # type: ignore[no-untyped-def]
 
 ADAM = Elementwise(
     name="Adam",
-    defaults=DEFAULTS,
+    defaults=_DEFAULTS,
     slot_keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    counts_steps=True,
     check=check,
     options=options,
     scalars=scalars,

@@ -171,14 +171,15 @@ class Job:
             )
         self.store.check(StoreState({}, dict(record.state), dict(record.steps)), record.groups, with_values=False)
 
-    def checked_restore(self, record: Restored) -> None:
-        """CheckpointMismatchError if a checkpoint does not fit."""
+    def checked_restore(self, record: Restored) -> list[dict[str, Value]]:
+        """The groups as a checkpoint leaves them. CheckpointMismatchError if it does not fit."""
         document = self.checked_document(record.document)
         try:
             content = StoreState(dict(record.parameters), dict(record.state), document.steps)
             self.store.check(content, document.groups, with_values=True)
         except errors.InvalidStateDictError as error:
             raise errors.CheckpointMismatchError(f"the checkpoint does not fit the job: {error}") from error
+        return document.groups
 
     def apply(self, record: Record) -> Result:
         """Changes the job as the record says and stores the result for its caller. The record was checked before."""

@@ -148,10 +148,9 @@ class Administration:
             repeated = self._admit(caller, seen)
             if repeated:
                 return repeated
-            self._job.checked_restore(record)
+            self._job.store.prepare(self._job.checked_restore(record))
             before = self._job.position.version
             result = self._host.commit(record, "restored", f"restored checkpoint {name!r}", name=name)
-            self._job.store.prepare(self._job.groups)
             now, steps = self._job.position, self._job.schedule_steps
             why = f"checkpoint {name!r} was restored: the job went from version {before} back to {now.version}"
             self._host.on_reset(rolled_back(why, before, now.version, now, schedule_steps=steps))
