@@ -45,6 +45,18 @@ PUSHES: dict[str, Any] = {
 }
 
 
+def test_an_edit_that_no_push_follows_is_said_to_be_lost(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    job = job_of(server)
+    with job.join() as worker:
+        worker.update_group(0, lr=0.5)
+        worker.push(ones())
+        worker.update_group(0, lr=0.25)
+    assert job.param_groups[0]["lr"] == 0.5
+    worker.leave()
+    lost = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    assert lost == ["update_group(group 0: lr) is lost: the worker left before its next push"]
+
+
 @pytest.mark.parametrize("push", PUSHES)
 def test_an_edit_goes_with_the_next_push_and_holds_from_its_step_on(server: Server, push: str) -> None:
     job = job_of(server)

@@ -37,7 +37,13 @@ class Edits:
     def forget(self, restores: frozenset[str]) -> None:
         """Drops what was changed before a restore by this client: it is of the state that is gone."""
         if self._noted and restores != self._restores:
-            logger.info("update_group(%s) is forgotten: a checkpoint was restored since", self)
+            logger.info("update_group(%s) is forgotten: a checkpoint was restored since", str(self))
+            self._noted.clear()
+
+    def left(self) -> None:
+        """The worker leaves, and no call is to come: what it changed last is lost, and said."""
+        if self._noted:
+            logger.warning("update_group(%s) is lost: the worker left before its next push", str(self))
             self._noted.clear()
 
     def failed(self, error: BaseException) -> None:

@@ -214,6 +214,7 @@ class Worker:
             if self._pending is not None:
                 self._pending.exception()
         finally:
+            self._edits.left()
             self._session.leave()
 
     def close(self) -> None:
