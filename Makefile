@@ -30,7 +30,7 @@ stubs: .venv/test.stamp ## generate the Python stubs from protos/
 	$(PROTOC) --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
 
 bench: .venv/test.stamp ## the benchmarks, each beside its peers
-	for question in kernels wire step; do $(BIN)/python benchmarks/$$question.py $(ARGS) || exit; done
+	for question in kernels wire step sparse; do $(BIN)/python benchmarks/$$question.py $(ARGS) || exit; done
 
 clean: ## remove what the targets above made
 	rm -rf .venv .tools build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,8 @@
 
 Errors are measured here, after a hundred steps in which each gradient depends on the parameters: the largest difference of
 our parameters, of order 1, from those of torch's default loop in the same dtype (where torch has no such optimizer, from the
-float64 textbook loop of tests/reference). Speeds come from results/kernels.json, one thread, and results/gpu_kernels.json
+float64 textbook loop of tests/reference); SparseAdam's gradient has all rows. LBFGS, which takes no gradient but a closure, has
+no row. Speeds come from results/kernels.json, one thread, and results/gpu_kernels.json
 where that was measured. --check writes nothing and fails if the table in the docs lacks an optimizer.
 """
 
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 
 from optserve.server.backends import select
-from optserve.server.formulas import OPTIMIZERS, Elementwise, find
+from optserve.server.formulas import OPTIMIZERS, Elementwise, Optimizer, Searching, find
 from optserve.server.store import Store
+from optserve.wire.rows import Rows
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "optimizers.md"
@@ -48,8 +50,12 @@ def ours(name: str, backend: str, start: np.ndarray) -> np.ndarray:
     store.prepare(groups)
     accumulators = store.accumulators()
     for step in range(STEPS):
-        accumulators[0][: start.size] = gradient(store.export().values["p"], step).reshape(-1)
-        store.update(groups, accumulators)
+        slope = gradient(store.export().values["p"], step)
+        if optimizer.no_dense:
+            store.update(groups, {}, sparse={0: Rows(np.arange(len(slope)), slope)})
+        else:
+            accumulators[0][: start.size] = slope.reshape(-1)
+            store.update(groups, accumulators)
     return store.export().values["p"]
 
 
@@ -61,7 +67,8 @@ def theirs(name: str, start: np.ndarray) -> np.ndarray:
     tensor = torch.from_numpy(start.copy()).requires_grad_()
     optimizer = kind([tensor])
     for step in range(STEPS):
-        tensor.grad = torch.from_numpy(gradient(tensor.detach().numpy(), step))
+        slope = torch.from_numpy(gradient(tensor.detach().numpy(), step))
+        tensor.grad = slope.to_sparse(1) if find(name).no_dense else slope
         optimizer.step()
     return tensor.detach().numpy()  # type: ignore[no-any-return]
 
@@ -98,7 +105,7 @@ def rows() -> list[str]:
     start = np.random.default_rng(3).normal(size=SHAPE)
     cpu, gpu = cpu_speeds(HERE / "results" / "kernels.json"), gpu_speeds(HERE / "results" / "gpu_kernels.json")
     found = []
-    for name, optimizer in OPTIMIZERS.items():
+    for name, optimizer in stepped().items():
         starts = [start.astype(kind) for kind in ("f8", "f4")]
         wanted = [theirs(name, entry) for entry in starts]
         for backend in ("numba", "numpy"):
@@ -109,6 +116,11 @@ def rows() -> list[str]:
             cells = [f"{optimizer.name}{kind}", backend, *(f"{error:.0e}" for error in errors)]
             found.append("| " + " | ".join([*cells, _number(speed), _number(ratio), *_gpu(gpu.get(name))]) + " |")
     return found
+
+
+def stepped() -> dict[str, Optimizer]:
+    """The optimizers that a gradient alone makes a step of."""
+    return {name: optimizer for name, optimizer in OPTIMIZERS.items() if not isinstance(optimizer, Searching)}
 
 
 def _number(found: float | None) -> str:
@@ -134,7 +146,7 @@ def replaced(page: str, part: Callable[[], str]) -> str:
 def lacking(page: str) -> list[str]:
     """Optimizers that the page's table has no row of."""
     shown = page.partition(BEGIN)[2].partition(END)[0]
-    return [entry.name for entry in OPTIMIZERS.values() if f"\n| {entry.name} " not in shown]
+    return [entry.name for entry in stepped().values() if f"\n| {entry.name} " not in shown]
 
 
 def main() -> None:

@@ -19,9 +19,6 @@ import os
 import platform
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,17 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from serving import served
 
 from optserve.client import connect
 from optserve.server.app import allocator
-
-_SERVE = """
-import sys
-from pathlib import Path
-from optserve.server.app import ServerConfig, serve
-sys.exit(serve(ServerConfig(address="127.0.0.1:0", address_file=Path(sys.argv[1]))))
-"""
-
 
 # Workers, each in its own process: an order is one step, answered with its seconds ------------------------------------------
 
@@ -95,7 +85,7 @@ def gloo_worker(orders: Connection, rank: int, workers: int, parameters: int, po
 
 @contextmanager
 def team(target: Callable[..., None], workers: int, parameters: int, where: str | None) -> Iterator[list[Connection]]:
-    """The workers' connections, once all are ready."""
+    """The workers' connections; they take orders once they are `ready`."""
     context = get_context("spawn")
     pipes = [context.Pipe() for _ in range(workers)]
     processes = [
@@ -105,9 +95,6 @@ def team(target: Callable[..., None], workers: int, parameters: int, where: str 
     for process in processes:
         process.start()
     try:
-        for here, _ in pipes:
-            if not here.poll(120) or here.recv() != "ready":
-                raise TimeoutError(f"a worker of {target.__name__} was not ready within 120 s")
         yield [here for here, _ in pipes]
         for here, _ in pipes:
             here.send(None)
@@ -119,27 +106,17 @@ def team(target: Callable[..., None], workers: int, parameters: int, where: str 
             process.join()
 
 
-@contextmanager
-def served() -> Iterator[str]:
-    """An optserve server's address."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "address"
-        process = subprocess.Popen([sys.executable, "-c", _SERVE, str(file)], stdout=subprocess.DEVNULL)
-        try:
-            deadline = time.monotonic() + 60
-            while not file.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise TimeoutError("the optserve server did not start within 60 s")
-                time.sleep(0.02)
-            yield file.read_text().strip()
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
 def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return str(listener.getsockname()[1])
+
+
+def ready(teams: Mapping[str, list[Connection]]) -> None:
+    """Waits until all workers of these have started, side by side."""
+    for name, members in teams.items():
+        for here in members:
+            if not here.poll(120) or here.recv() != "ready":
+                raise TimeoutError(f"a worker of {name} was not ready within 120 s")
 
 
 def step_seconds(team: list[Connection]) -> float:
@@ -159,6 +136,7 @@ def measure(parameters: int, repetitions: int) -> dict[str, float]:
         }
         if importlib.util.find_spec("torch"):
             teams["gloo 2"] = stack.enter_context(team(gloo_worker, 2, parameters, free_port()))
+        ready(teams)
         taken: dict[str, list[float]] = {name: [] for name in teams}
         for repetition in range(-2, repetitions):
             for name, members in teams.items():

@@ -21,9 +21,6 @@ import os
 import platform
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +33,7 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf.wrappers_pb2 import BytesValue
+from serving import served
 
 from optserve.client import connect
 from optserve.client._channel import STREAM, GrpcTransport
@@ -52,13 +50,6 @@ _NAIVE = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_lengt
 _END = data_pb2.StreamRequest(end=types_pb2.StreamEnd())
 _PULL = data_pb2.StreamRequest(pull=data_pb2.PullWeights())
 _ENDED = data_pb2.StreamResponse(end=types_pb2.StreamEnd())
-_SERVE = """
-import sys
-from pathlib import Path
-from optserve.server.app import ServerConfig, serve
-sys.exit(serve(ServerConfig(address="127.0.0.1:0", address_file=Path(sys.argv[1]))))
-"""
-
 
 # Peers, each in its own process -----------------------------------------------------------------------------------------------
 
@@ -153,24 +144,6 @@ def peer(target: Callable[..., None], *arguments: int) -> Iterator[Connection]:
     finally:
         process.kill()
         process.join()
-
-
-@contextmanager
-def served() -> Iterator[str]:
-    """An optserve server's address."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "address"
-        process = subprocess.Popen([sys.executable, "-c", _SERVE, str(file)], stdout=subprocess.DEVNULL)
-        try:
-            deadline = time.monotonic() + 60
-            while not file.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise TimeoutError("the optserve server did not start within 60 s")
-                time.sleep(0.02)
-            yield file.read_text().strip()
-        finally:
-            process.terminate()
-            process.wait(30)
 
 
 # Ways: a push and a pull each, and what to do before a push -------------------------------------------------------------------

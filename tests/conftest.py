@@ -186,13 +186,26 @@ def server_process(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
         process.close()
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """torch's others spin on the cores, and on small arrays cost more than they save."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def same() -> Callable[[Any, Any], None]:
-    """Two dicts of arrays are equal bit for bit."""
+    """Two dicts of arrays and Python's numbers are equal bit for bit."""
 
     def check(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         assert list(found) == list(expected)
         for name, array in expected.items():
+            if isinstance(array, int):
+                assert (type(found[name]), found[name]) == (type(array), array), name
+                continue
             assert found[name].dtype == array.dtype, name
             assert found[name].shape == array.shape, name
             assert found[name].tobytes() == array.tobytes(), name

@@ -214,6 +214,13 @@ class DeviceArray(NDArrayOperatorsMixin):
     def astype(self, dtype: npt.DTypeLike) -> Any:
         return self._call("astype", dtype)
 
+    def item(self) -> Any:
+        """Waits, as CuPy's does: for searches, whose numbers decide what is done next."""
+        return self._call("item")
+
+    def max(self, **options: Any) -> Any:
+        return self._call("max", **options)
+
     def sum(self, **options: Any) -> Any:
         return self._call("sum", **options)
 

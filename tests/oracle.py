@@ -45,9 +45,9 @@ def _unchanged() -> Iterator[None]:
 with _unchanged():
     from torch.testing._internal.common_optimizers import optim_db
 
-LATER = frozenset({"LBFGS", "SparseAdam"})
-"""Optimizers of optim_db that optserve does not have yet."""
-NAMES = [info.name for info in optim_db if info.name not in LATER]
+APART = frozenset({"LBFGS", "SparseAdam"})
+"""Optimizers of optim_db that no plain dense gradient steps: compared with torch in tests of their own."""
+NAMES = [info.name for info in optim_db if info.name not in APART]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,22 +116,39 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
+def slope(optimizer: str, gradient: np.ndarray) -> torch.Tensor:
+    """A gradient as torch's optimizer of that name takes it: for SparseAdam in rows, of which it has all."""
+    tensor = to_torch(gradient)
+    if optimizer != "SparseAdam":
+        return tensor
+    return in_rows(np.arange(len(gradient)), tensor, gradient.shape)
+
+
+def in_rows(ids: np.ndarray, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A sparse gradient; rows may come in any order, and repeatedly."""
+    return torch.sparse_coo_tensor(torch.from_numpy(ids)[None], values, shape, check_invariants=True)
+
+
 class Stock:
     """A stock torch optimizer over copies of the parameters; single-tensor unless `how` says otherwise."""
 
     def __init__(self, optimizer: str, options: Mapping[str, Any], start: Arrays, **how: Any) -> None:
         if "foreach" in implementations(optimizer):
             how = {"foreach": False, **how}
+        self.name = optimizer
         self.tensors = {name: to_torch(value).requires_grad_() for name, value in start.items()}
         self.optimizer = getattr(torch.optim, optimizer)(list(self.tensors.values()), **options, **how)
 
-    def step(self, gradients: Arrays) -> None:
-        """Parameters that are not among the gradients have none. In one thread: others that spin cost more than they save."""
+    def step(self, gradients: Mapping[str, np.ndarray | torch.Tensor]) -> None:
+        """Parameters that are not among the gradients have none; one may be a tensor, `in_rows`. In one thread: others that
+        spin cost more than they save."""
         for name, parameter in self.tensors.items():
-            parameter.grad = to_torch(gradients[name]) if name in gradients else None
+            given = gradients.get(name)
+            parameter.grad = slope(self.name, given) if isinstance(given, np.ndarray) else given
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self.optimizer.step()
+        with torch.sparse.check_sparse_tensor_invariants(enable=True):  # else it warns
+            self.optimizer.step()
         torch.set_num_threads(threads)
 
     @property
@@ -142,7 +159,7 @@ class Stock:
     def state(self) -> dict[str, np.ndarray]:
         """By "slot/parameter": slots, carried scalars and step."""
         return {
-            f"{slot}/{name}": to_numpy(value)
+            f"{slot}/{name}": to_numpy(value.to_dense()) if isinstance(value, torch.Tensor) else np.float32(value)
             for name, parameter in self.tensors.items()
             for slot, value in self.optimizer.state.get(parameter, {}).items()
         }
@@ -154,6 +171,7 @@ SHAPES = {"w": (3, 4), "scalar": (), "nothing": (1, 0, 2), "large": (BLOCK + 3_6
 _SHAPES: dict[str, Shapes] = {
     "Adafactor": {**SHAPES, "deep": (5, 6, 7), "line": (1, 9)},
     "Muon": {"w": (3, 4), "tall": (17, 6), "wide": (7, 30), "nothing": (0, 3)},
+    "SparseAdam": {name: shape for name, shape in SHAPES.items() if shape},
 }
 
 

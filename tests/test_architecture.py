@@ -23,9 +23,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "rounds": ("jobs",),
     "durability": ("jobs", "records", "storage"),
     "segments": ("backends",),
+    "metrics": ("rounds",),
     "services": ("rounds", "durability"),
     "interceptors": ("rounds", "durability"),
-    "app": ("services", "interceptors", "segments", "rounds", "durability"),
+    "app": ("services", "interceptors", "segments", "metrics", "rounds", "durability"),
 }
 """What each room of the server may import besides wire; the rest follows downward. formulas may not import even wire."""
 
@@ -47,6 +48,7 @@ EDGES: dict[str, tuple[str, ...]] = {
     "numba": ("optserve.server.backends.numba",),
     "llvmlite": ("optserve.server.backends.numba",),
     "torch": ("torch",),
+    "tensorboardX": ("optserve.server.metrics.curve",),
 }
 """Outside library to the areas and modules that may import it. The generated service stubs count as grpc."""
 
@@ -214,6 +216,8 @@ def test_files_are_short_and_named_for_what_they_hold() -> None:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import optserve.server.durability",
         ),
         ("optserve.server.rounds.gather", "import optserve.server.storage"),
+        ("optserve.server.rounds.host", "from optserve.server.metrics import Curves"),
+        ("optserve.server.metrics.curves", "import tensorboardX"),
         ("optserve.server.services.job", "from optserve.server.segments import staging"),
         ("optserve.server.cellar.wine", ""),
         ("optserve.annex", ""),

@@ -13,7 +13,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-SERVER_ONLY = ("numba", "llvmlite", "xxhash", "grpc_health", "grpc_reflection", "sklearn", "matplotlib", "torch")
+SERVER_ONLY = (
+    "numba",
+    "llvmlite",
+    "xxhash",
+    "grpc_health",
+    "grpc_reflection",
+    "sklearn",
+    "matplotlib",
+    "tensorboardX",
+    "torch",
+)
 LINUX_ONLY = ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "syslog", "readline", "_posixshmem")
 LINUX_ONLY_CALLS = ("fork", "register_at_fork", "sched_getaffinity", "getuid", "posix_fallocate", "pwrite", "setsid", "killpg")
 

@@ -38,7 +38,7 @@ def test_only_the_table_is_replaced(script: ModuleType) -> None:
     assert script.replaced(page, lambda: "new") == "before\nnew\nafter\n"
 
 
-@pytest.mark.parametrize("name", ["adam", "lion"])
+@pytest.mark.parametrize("name", ["adam", "lion", "sparseadam"])
 def test_errors_are_measured_against_torch_or_the_textbook(script: ModuleType, name: str) -> None:
     start = np.random.default_rng(0).normal(size=(6, 5))
     exact = script.theirs(name, start)

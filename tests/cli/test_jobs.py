@@ -50,6 +50,7 @@ def test_list_is_a_table_for_a_person_and_has_stable_keys_for_a_program(optserve
     assert set(found) == {
         *("name", "job_id", "optimizer", "consistency", "workers", "initialized", "version", "step", "durable_version"),
         *("lineage_id", "backend", "state_bytes", "metrics", "groups", "members", "parameters"),
+        *("clip_grad_norm", "clip_grad_value", "accumulation", "accumulated"),
     }
     assert (found["name"], found["step"], found["metrics"]) == ("j", 1, {"loss": 2.5})
 

@@ -36,3 +36,11 @@ def test_no_word_is_broken_in_a_narrow_terminal(
 def test_none_in_a_list_is_the_word_that_the_command_line_takes() -> None:
     assert text((None, 1e-3)) == "none, 0.001"
     assert text(None) == "-", "of a cell"
+
+
+@pytest.mark.parametrize(("name", "shown"), [("a\nb", r"'a\nb'"), ("\x1b[2J", r"'\x1b[2J'"), ("ä b", "ä b")])
+def test_a_name_cannot_break_the_table_or_talk_to_the_terminal(
+    capsys: pytest.CaptureFixture[str], name: str, shown: str
+) -> None:
+    print_table(["NAME"], [[name]])
+    assert capsys.readouterr().out == f"NAME\n{shown}\n"

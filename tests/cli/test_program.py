@@ -37,7 +37,8 @@ def test_the_help_shows_an_example_that_names_the_command(path: tuple[str, ...])
 
 def test_all_commands_are_there() -> None:
     expected = ["serve", "demo", "doctor", "health", "job", "group", "schedule", "checkpoint"]
-    expected += [f"job {name}" for name in ["list", "show", "pull", "export", "delete", "events"]]
+    expected += [f"job {name}" for name in ["list", "show", "set", "pull", "export", "delete", "events"]]
+    expected += [f"job {name}" for name in ["rename-parameter", "replace-parameter", "remove-parameter"]]
     expected += [f"group {name}" for name in ["list", "set", "add"]]
     expected += [f"schedule {name}" for name in ["show", "set", "step", "remove"]]
     expected += [f"checkpoint {name}" for name in ["save", "list", "verify", "restore", "download", "delete"]]

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
-from optserve.client import _gradients, _packing
+from optserve.client import SparseGradient, _gradients
+from optserve.client._options import PushOptions
 from optserve.v1 import data_pb2
+from optserve.v1 import types_pb2 as pb
 from optserve.wire import errors
 from optserve.wire.chunks import CHUNK_BYTES
 from optserve.wire.dtypes import storage_dtype
 from optserve.wire.layout import Layout
+from optserve.wire.rows import ROWS_ARRAY_ID
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -37,8 +43,8 @@ def packed(push: _gradients.Push) -> dict[int, dict[int, bytes]]:
     return found
 
 
-def checked(layout: Layout, gradients: _gradients.Gradients, weight: float = 1.0) -> _gradients.Push:
-    return _gradients.checked(layout, gradients, weight, None)
+def checked(layout: Layout, gradients: _gradients.Gradients | None, **options: Any) -> _gradients.Push:
+    return _gradients.checked(layout, gradients, PushOptions(**options))
 
 
 def test_blocks_are_the_flat_arrays_bytes_whatever_the_gradients_memory_order() -> None:
@@ -97,7 +103,22 @@ def test_blocks_that_only_absent_parameters_touch_are_not_sent_and_shared_ones_h
             errors.ShapeMismatchError,
             r"gradient 'w' has shape \(4, 3\); the parameter has shape \(3, 4\)",
         ),
-        ("w", np.zeros((3, 4)), errors.DtypeMismatchError, "gradient 'w' has dtype float64; the parameter has dtype float32"),
+        (
+            "w",
+            np.zeros((3, 4), np.int64),
+            errors.DtypeMismatchError,
+            "gradient 'w' has dtype int64; the parameter has dtype float32 and takes float32, float64, float16, bfloat16",
+        ),
+        ("w", np.zeros((3, 4), bool), errors.DtypeMismatchError, "gradient 'w' has dtype bool"),
+        ("w", np.zeros((3, 4), np.longdouble), errors.DtypeMismatchError, "gradient 'w' has dtype"),
+        ("w", [[0.0, 0.0], [0.0]], errors.InvalidArgumentError, "gradient 'w' cannot be made an array"),
+        (
+            "w",
+            torch.eye(3, 4).to_sparse(),
+            errors.DtypeMismatchError,
+            r"gradient 'w' is a sparse tensor; push SparseGradient\(grad._indices\(\)\[0\], grad._values\(\)\)",
+        ),
+        ("w", SparseGradient([3], np.zeros((1, 4), np.float32)), errors.InvalidArgumentError, "row 3 of 'w' is out of range"),
         ("v", np.zeros((3, 4)), errors.UnknownParameterError, "gradient 'v' is not in the job; its parameters are 'w', 'z'"),
         (
             "w",
@@ -109,22 +130,15 @@ def test_blocks_that_only_absent_parameters_touch_are_not_sent_and_shared_ones_h
             "z",
             np.zeros((2,), np.float32),
             errors.DtypeMismatchError,
-            "gradient 'z' has dtype float32; the parameter has dtype complex64",
+            "gradient 'z' has dtype float32; the parameter has dtype complex64 and takes complex64, complex128",
         ),
-        ("z", np.zeros(2, np.complex128), errors.DtypeMismatchError, "gradient 'z' has dtype complex128"),
     ],
 )
 def test_a_gradient_that_does_not_fit_is_named(
-    name: str, gradient: npt.NDArray[np.generic], error: type[Exception], message: str
+    name: str, gradient: npt.ArrayLike | SparseGradient, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         checked(layout_of(("w", (3, 4), FLOAT32), ("z", (2,), COMPLEX64)), {name: gradient})
-
-
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "heavy"])
-def test_a_weight_is_finite_and_not_negative(weight: float) -> None:
-    with pytest.raises(errors.InvalidArgumentError, match="weight is"):
-        checked(layout_of(("w", (1,), FLOAT32)), {}, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,7 +171,17 @@ def test_the_fingerprint_follows_content_names_and_weight() -> None:
         checked(layout, {"a": one}),
         checked(layout, {"b": one}),
         checked(layout, {"a": two}),
-        checked(layout, {"a": one}, 2.0),
+        checked(layout, {"a": one}, weight=2.0),
+        checked(layout, {"a": one}, loss_scale=2.0),
+        checked(layout, {"a": one}, clip_grad_norm=2.0),
+        checked(layout, {"a": one}, clip_grad_value=2.0),
+        checked(layout, {"a": one}, loss=2.0),
+        checked(layout, {"a": one.astype(np.float16)}),
+        checked(layout, {"a": SparseGradient([0, 1], one)}),
+        checked(layout, {"a": SparseGradient([1, 0], two)}),
+        checked(layout, {"a": SparseGradient([1], one[:1])}),
+        checked(layout, {"a": SparseGradient([0], one[:1])}),
+        checked(layout, None, found_inf=True),
         _gradients.skipped(layout),
     ]
     assert len({push.fingerprint for push in pushes}) == len(pushes)
@@ -188,16 +212,72 @@ def test_the_fingerprint_is_of_the_values_not_of_how_they_lie_in_memory_by_steps
 
 def test_a_push_that_skips_names_everything_as_absent() -> None:
     push = _gradients.skipped(layout_of(("a", (2,), FLOAT32), ("b", (2,), FLOAT32)))
-    assert (push.absent, push.weight, list(push.chunks())) == ([0, 1], 0.0, [])
+    assert (push.absent, push.options.weight, list(push.chunks())) == ([0, 1], 0.0, [])
 
 
-def test_initial_values_cover_every_block() -> None:
-    layout = layout_of(("a", (CHUNK_BYTES // 4 + 7,), FLOAT32), ("h", (3,), BFLOAT16))
-    values: dict[str, npt.NDArray[np.generic]] = {
-        "a": np.arange(CHUNK_BYTES // 4 + 7, dtype=np.float32),
-        "h": np.ones(3, ml_dtypes.bfloat16),
+def test_a_push_says_what_it_knows_in_its_head() -> None:
+    layout = layout_of(("a", (2,), FLOAT32), ("b", (2,), FLOAT64), ("c", (2, 3), COMPLEX64), ("d", (2,), FLOAT32))
+    gradients = {
+        "a": np.ones(2, np.float16),
+        "b": np.ones(2, np.float32),
+        "c": SparseGradient([1, 0, 1], np.ones((3, 3), np.complex64)),
     }
-    found: dict[int, bytes] = {}
-    for pieces in _packing.blocks(layout, values):
-        found[pieces.array_id] = found.get(pieces.array_id, b"") + bytes(pieces.assembled().data)
-    assert found == flat(layout, values)
+    push = checked(
+        layout, gradients, weight=2, metrics={"m": 1}, loss_scale=8, clip_grad_norm=3, loss=0.5, closure=7, evaluation=2
+    )
+    head = push.head()
+    assert (head.contribution, head.weight, head.parameter_count) == (data_pb2.CONTRIBUTION_GRADIENT, 2.0, 4)
+    assert (list(head.absent), dict(head.metrics), head.layout_version) == ([3], {"m": 1.0}, layout.version)
+    assert dict(head.dtypes) == {0: pb.DATA_TYPE_FLOAT16, 1: pb.DATA_TYPE_FLOAT32}
+    assert list(head.sparse) == [pb.RowsEntry(parameter=2, count=2, dtype=pb.DATA_TYPE_COMPLEX64)]
+    assert (head.loss_scale, head.clip_grad_norm, head.HasField("clip_grad_value")) == (8.0, 3.0, False)
+    assert (head.loss, head.closure, head.evaluation) == (0.5, 7, 2)
+    assert head.content_fingerprint == push.fingerprint
+
+
+def test_a_head_without_options_says_nothing_of_them() -> None:
+    head = checked(layout_of(("a", (2,), FLOAT32)), {"a": np.ones(2, np.float32)}).head()
+    fields = [field.name for field, _ in head.ListFields()]
+    assert fields == ["contribution", "weight", "parameter_count", "content_fingerprint", "layout_version"]
+
+
+def test_what_the_caller_found_not_finite_is_not_looked_at() -> None:
+    push = checked(layout_of(("a", (2,), FLOAT32)), {"nobody": "nothing"}, found_inf=True)
+    assert (push.contribution, push.nonfinite, list(push.chunks())) == (data_pb2.CONTRIBUTION_NONFINITE, (), [])
+    with pytest.raises(errors.InvalidArgumentError, match="gradients must be a dict"):
+        checked(push.layout, None)
+
+
+def test_an_abandoned_search_is_named_and_holds_nothing_else() -> None:
+    layout = layout_of(("a", (2,), FLOAT32))
+    head = _gradients.abandoned(layout, PushOptions(loss=1.0, closure=5, evaluation=3)).head()
+    assert (head.contribution, head.closure, head.evaluation) == (data_pb2.CONTRIBUTION_ABANDON, 5, 3)
+    assert (list(head.absent), head.HasField("loss")) == ([0], False)
+
+
+def requests(push: _gradients.Push) -> list[Any]:
+    return list(push.requests(push.head()))
+
+
+def test_what_is_small_travels_in_the_head_whatever_the_model_has() -> None:
+    layout = layout_of(("huge", (10_000_000, 16), FLOAT32)).extended(1, [("b", (3,), FLOAT32)])
+    rows = SparseGradient([9_999_999, 3], np.ones((2, 16), np.float32))
+    [only] = requests(checked(layout, {"huge": rows, "b": np.ones(3, np.float32)}))
+    assert [chunk.array_id for chunk in only.push.inline.chunks] == [1, ROWS_ARRAY_ID]
+    assert sum(len(chunk.data) for chunk in only.push.inline.chunks) == 128 + 64 + 128
+
+
+@pytest.mark.parametrize(("count", "inside"), [(900, True), (1000, False)])
+def test_many_rows_follow_the_head_as_chunks(count: int, inside: bool) -> None:
+    layout = layout_of(("huge", (10_000_000, 16), FLOAT32))
+    push = checked(layout, {"huge": SparseGradient(np.arange(count), np.ones((count, 16), np.float32))})
+    assert push.nbytes == sum(piece.nbytes for pieces in push.chunks() for piece in pieces.pieces)
+    assert push.nbytes == -(-8 * count // 64) * 64 + 64 * count
+    assert (len(requests(push)) == 1) is inside
+
+
+def test_a_sparse_gradient_that_is_not_finite_is_named() -> None:
+    layout = layout_of(("a", (4,), FLOAT32), ("b", (4,), FLOAT32))
+    push = checked(layout, {"a": np.ones(4, np.float32), "b": SparseGradient([2], [np.inf])})
+    assert (push.contribution, push.nonfinite) == (data_pb2.CONTRIBUTION_NONFINITE, (1,))
+    assert (list(push.head().sparse), list(push.chunks()), push.absent) == ([], [], [])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from optserve.client import Server, _state_dict
+from optserve.client._matching import by_position
 from optserve.wire import errors
 from optserve.wire.layout import Layout
 from optserve.wire.values import from_hyperparameters
@@ -112,7 +114,7 @@ def test_the_state_of_16_bit_parameters_is_float32(embedded: Server) -> None:
 
 def test_older_torchs_empty_momentum_is_no_state() -> None:
     saved = {"state": {0: {"momentum_buffer": None}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
-    loading = _state_dict.parse(saved, NAMES, LAYOUT)
+    loading = _state_dict.parse(saved, partial(by_position, names=NAMES), LAYOUT)
     assert (loading.steps, loading.tensors) == ({}, [])
 
 
@@ -154,17 +156,19 @@ def entry(**slots: Any) -> dict[str, Any]:
 )
 def test_a_state_dict_that_does_not_fit_is_refused(saved: Any, message: str) -> None:
     with pytest.raises(errors.InvalidStateDictError, match=message):
-        _state_dict.parse(saved, NAMES, LAYOUT)
+        _state_dict.parse(saved, partial(by_position, names=NAMES), LAYOUT)
 
 
 def test_a_tensor_as_a_hyperparameter_is_its_number() -> None:
     group = {"params": [0, 1], "lr": torch.tensor(0.5), "betas": (torch.tensor(0.25), torch.tensor(0.75))}
-    loading = _state_dict.parse({"state": {}, "param_groups": [group]}, NAMES, LAYOUT)
-    assert from_hyperparameters(loading.groups[0].hyperparameters) == {"lr": 0.5, "betas": (0.25, 0.75)}
+    loading = _state_dict.parse({"state": {}, "param_groups": [group]}, partial(by_position, names=NAMES), LAYOUT)
+    assert from_hyperparameters(loading.matched.groups[0].hyperparameters) == {"lr": 0.5, "betas": (0.25, 0.75)}
 
 
 def test_what_float32_cannot_hold_is_infinite_and_nobody_is_warned() -> None:
-    loading = _state_dict.parse(entry(exp_avg=np.full((3, 2), 1e300), mu_product=1e300), NAMES, LAYOUT)
+    loading = _state_dict.parse(
+        entry(exp_avg=np.full((3, 2), 1e300), mu_product=1e300), partial(by_position, names=NAMES), LAYOUT
+    )
     assert [np.isposinf(array).all() for _, _, array in loading.tensors] == [True, True]
 
 
@@ -177,7 +181,7 @@ def test_scalars_and_factored_state_keep_their_own_shapes_and_reals_stay_real() 
         exp_avg_sq=np.ones((2, 3), np.complex128).T,
         sum=np.ones(3, np.int64),
     )
-    loading = _state_dict.parse(saved, [["z", "zz"]], COMPLEX)
+    loading = _state_dict.parse(saved, partial(by_position, names=[["z", "zz"]]), COMPLEX)
     found = {slot: array for name, slot, array in loading.tensors if name == "z"}
     assert {slot: (array.dtype.name, array.shape) for slot, array in found.items()} == {
         "mu_product": ("float32", ()),

@@ -46,6 +46,21 @@ def test_a_step_is_applied_and_told(server: Server) -> None:
         assert worker.pull()["b"].tolist() == [-3, -3]
 
 
+def test_a_step_tells_what_was_done_to_its_gradient(server: Server) -> None:
+    job = job_of(server, accumulation=2)
+    with job.join() as worker:
+        norm = 6**0.5
+        first = worker.push(gradients(1), metrics={"loss": 2})
+        assert (first.step, first.accumulated, first.clip_factor, first.evaluations) == (0, 1, 1.0, 0)
+        assert first.metrics == {"loss": 2.0}
+        second = worker.push(gradients(8), loss_scale=8, clip_grad_norm=norm / 2)
+        assert (second.step, second.accumulated) == (1, 0)
+        assert (second.grad_norm, second.clip_factor) == (pytest.approx(norm), pytest.approx(0.5, rel=1e-5))
+        assert worker.pull()["b"] == pytest.approx([-0.5, -0.5], rel=1e-5)
+        third = worker.push(None, loss_scale=8, found_inf=True)
+        assert (third.skipped, third.skip_reason, third.accumulated) == (True, "nonfinite", 0)
+
+
 def test_ranks_are_averaged_by_weight(server: Server) -> None:
     job = job_of(server, workers=2)
     with job.join(rank=0) as first, job.join(rank=1) as second:
@@ -148,7 +163,9 @@ def test_nan_skips_the_step_where_the_job_says_so(server: Server) -> None:
         assert worker.push(gradients(1)).step == 1
 
 
-@pytest.mark.parametrize("bad", [{"v": np.zeros(2, np.float32)}, {"b": np.zeros(3, np.float32)}, {"b": np.zeros(2)}, [1.0]])
+@pytest.mark.parametrize(
+    "bad", [{"v": np.zeros(2, np.float32)}, {"b": np.zeros(3, np.float32)}, {"b": np.zeros(2, int)}, [1.0]]
+)
 def test_gradients_that_do_not_fit_change_nothing(server: Server, bad: Any) -> None:
     job = job_of(server)
     with job.join() as worker:
@@ -205,10 +222,10 @@ def test_ranks_and_names_are_checked(server: Server, monkeypatch: pytest.MonkeyP
 
 
 def test_joining_waits_for_initial_values_with_a_deadline(server: Server) -> None:
-    from optserve.client._spec import Group, Rules, job_spec
+    from optserve.client._spec import Group, JobOptions, job_spec
     from optserve.v1 import jobs_pb2
 
-    spec = job_spec("slow", [Group(gradients(0), {})], "sgd", {"lr": 1.0}, Rules(1, "sync", "reject", "drop", 1, 0, 0))
+    spec = job_spec("slow", [Group(gradients(0), {})], "sgd", {"lr": 1.0}, JobOptions(1, "sync", "reject", "drop", 1, 0, 0))
     ids = ("11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222")
     request = jobs_pb2.CreateJobRequest(job_id=ids[0], session_id=ids[1], spec=spec)
     server._connection.call(request, jobs_pb2.CreateJobResponse)
@@ -252,10 +269,11 @@ def test_closing_ends_a_push_that_waits_for_other_ranks(server: Server) -> None:
 
 
 def test_a_worker_that_is_forgotten_ends_its_heartbeats_and_stream(start_server: Any) -> None:
+    before = set(threading.enumerate())
+
     def beating() -> list[str]:
-        return [
-            thread.name for thread in threading.enumerate() if thread.name.startswith(("optserve-heartbeat", "optserve-stream"))
-        ]
+        names = [thread.name for thread in threading.enumerate() if thread not in before]
+        return [name for name in names if name.startswith(("optserve-heartbeat", "optserve-stream"))]
 
     with connect(start_server().address) as server:
         worker: Worker | None = job_of(server, "j").join()

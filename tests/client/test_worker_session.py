@@ -4,48 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf.message import Message
+from written_answers import AWAY, GRADIENTS, Answer, Written, error, goodbye, joined, opened, position, pushed, resend, weights
 
-from optserve.client._caller import Caller
-from optserve.client._connection import Connection
-from optserve.client._transport import Outgoing
-from optserve.client._worker import Worker
-from optserve.client._worker_session import WorkerSession
-from optserve.v1 import data_pb2, jobs_pb2, optimizer_pb2, workers_pb2
+from optserve.v1 import data_pb2, optimizer_pb2, workers_pb2
 from optserve.v1 import types_pb2 as pb
-from optserve.wire import errors, reasons
-from optserve.wire.chunks import Chunk, to_inline
-from optserve.wire.layout import Layout
-from optserve.wire.methods import Item
-
-LAYOUT = Layout().extended(0, [("w", (3,), np.dtype(np.float32))])
-DESCRIBED: dict[str, Any] = {"layout": LAYOUT.to_proto(), "groups": [pb.Group()]}
-GRADIENTS = {"w": np.ones(3, np.float32)}
-Answer = data_pb2.StreamResponse
-
-AWAY = errors.ServerUnavailableError("gone")
-
-
-def position(version: int, lineage: str = "one") -> pb.Position:
-    return pb.Position(lineage_id=lineage, version=version, step=version)
-
-
-def opened(last_seq: int, version: int = 0) -> Answer:
-    return Answer(opened=data_pb2.StreamOpened(position=position(version), last_seq=last_seq))
-
-
-def pushed(seq: int) -> Answer:
-    return Answer(pushed=data_pb2.PushResult(seq=seq, position=position(seq)))
-
-
-def weights(version: int) -> Answer:
-    chunk = Chunk(0, 0, memoryview(np.full(LAYOUT.arrays[0].length, version, np.float32).tobytes()))
-    return Answer(weights={"position": position(version), "layout_version": LAYOUT.version, "inline": to_inline([chunk])})
+from optserve.wire import errors
 
 
 class Late:
@@ -61,92 +29,6 @@ class Late:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-
-def error(found: errors.OptserveError) -> Answer:
-    return Answer(error=reasons.to_detail(found))
-
-
-def goodbye(found: errors.OptserveError) -> Answer:
-    return Answer(goodbye=data_pb2.Goodbye(error=reasons.to_detail(found)))
-
-
-class Written:
-    """A transport and stream whose answers are written down. Keeps what was sent.
-
-    An exception among the answers is raised; a function is called for the answer.
-    """
-
-    Answer = Item | BaseException | Callable[[], Item]
-
-    address = "nowhere"
-
-    def __init__(self, *streams: list[Written.Answer], joins: int = 1, unary: Iterable[Message | Exception] = ()) -> None:
-        self.streams = list(streams)
-        self.joins = [
-            workers_pb2.JoinResponse(
-                name="rank0", epoch=epoch, workers=1, lease_seconds=3000, schedule_steps=schedule_steps, **DESCRIBED
-            )
-            for epoch, schedule_steps in zip(range(1, joins + 1), (4, 3), strict=False)
-        ]
-        self.others = list(unary)
-        self.pushes: list[pb.CallIdentity] = []
-        self.changes: list[list[pb.GroupChange]] = []
-        self.opens: list[data_pb2.StreamOpen] = []
-        self.calls: list[Message] = []
-        self.pulls = 0
-        self._answers: list[Written.Answer] = []
-
-    def unary(self, path: str, request: Message, timeout_seconds: float) -> Message:
-        self.calls.append(request)
-        if path.endswith("/Join"):
-            return self.joins.pop(0)
-        if path.endswith("/Leave"):
-            return workers_pb2.LeaveResponse()
-        if path.endswith("/GetJob"):
-            return jobs_pb2.GetJobResponse(job=DESCRIBED)
-        found = self.others.pop(0)
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def upload(self, path: str, items: Callable[[], Iterator[Outgoing]], timeout_seconds: float) -> Message:
-        raise NotImplementedError
-
-    def download(self, path: str, request: Message, timeout_seconds: float) -> Iterator[Item]:
-        raise NotImplementedError
-
-    def stream(self) -> Written:
-        self._answers = self.streams.pop(0)
-        return self
-
-    def send(self, items: Iterable[Outgoing]) -> None:
-        for item in items:
-            if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "push":
-                self.pushes.append(item.push.call)
-                self.changes.append(list(item.push.changes))
-            if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "open":
-                self.opens.append(item.open)
-            if isinstance(item, data_pb2.StreamRequest) and item.WhichOneof("content") == "pull":
-                self.pulls += 1
-
-    def receive(self, timeout_seconds: float) -> Item:
-        found = self._answers.pop(0)
-        if callable(found):
-            found = found()
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def close(self) -> None:
-        pass
-
-
-def joined(transport: Written, restored: set[str] | None = None) -> Worker:
-    caller = Caller(Connection(transport, 10), "job-id", "job")
-    session = WorkerSession(caller, "", None, set() if restored is None else restored)
-    session.join(1)
-    return Worker(session)
 
 
 def seqs(transport: Written) -> list[int]:
@@ -182,15 +64,14 @@ def test_a_server_that_stops_is_waited_for() -> None:
 
 
 def test_a_void_round_is_sent_again_on_the_same_stream() -> None:
-    resend = Answer(resend=data_pb2.RoundResend(round=1))
-    transport = Written([opened(0), resend, resend, pushed(1)])
+    transport = Written([opened(0), resend(), resend(), pushed(1)])
     joined(transport).push(GRADIENTS)
     assert seqs(transport) == [1, 1, 1]
     assert len(transport.opens) == 1
 
 
 def test_an_edit_goes_with_every_repeat_of_its_push_and_with_no_other() -> None:
-    transport = Written([opened(0), Answer(resend=data_pb2.RoundResend()), AWAY], [opened(1), pushed(1), pushed(2)])
+    transport = Written([opened(0), resend(), AWAY], [opened(1), pushed(1), pushed(2)])
     worker = joined(transport)
     worker.update_group(0, lr=0.5)
     worker.push(GRADIENTS)

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from optserve.client import Job, Server, Worker, connect, errors
 from optserve.server.app import App, ServerConfig
+from optserve.v1 import jobs_pb2
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
 B = np.zeros(4, np.float32)
@@ -23,6 +25,46 @@ ONES = {"w": np.ones_like(W), "b": np.ones_like(B)}
 def test_unknown_job(server: Server, job: Job, refused: Any) -> None:
     with refused(errors.JobNotFoundError, r"no job 'digit'.*digits"):
         server.job("digit")
+
+
+@pytest.mark.parametrize("name", ["", None, 3, b"digits"])
+def test_what_is_no_name_of_a_job_finds_none_and_least_of_all_an_unnamed_one(server: Server, refused: Any, name: Any) -> None:
+    server.create_job(None, {"w": W}, optimizer="sgd", lr=0.1)
+    with refused(errors.JobNotFoundError, "a job is found by its name or UUID, a str"):
+        server.job(name)
+
+
+def test_the_server_finds_no_unnamed_job_by_its_empty_name(server: Server) -> None:
+    server.create_job(None, {"w": W}, optimizer="sgd", lr=0.1)
+    with pytest.raises(errors.JobNotFoundError, match="no job ''"):
+        server._connection.call(jobs_pb2.GetJobRequest(job=""), jobs_pb2.GetJobResponse)
+
+
+@pytest.mark.parametrize("names", ["w", 3, b"w"])
+def test_names_to_pull_are_a_list(job: Job, refused: Any, names: Any) -> None:
+    with refused(errors.InvalidArgumentError, "names is .*; it must be a list of names of parameters"):
+        job.pull(names)
+
+
+VALUES_THAT_ARE_NO_ARRAY = [
+    (errors.InvalidArgumentError, [[1.0], [2.0, 3.0]]),
+    (errors.InvalidArgumentError, torch.ones(3, requires_grad=True)),
+    (errors.DtypeMismatchError, torch.eye(3).to_sparse()),
+    (errors.DtypeMismatchError, torch.ones(3, dtype=torch.bfloat16)),
+    (errors.DtypeMismatchError, torch.ones(3, device="meta")),
+]
+
+
+@pytest.mark.parametrize(("kind", "value"), VALUES_THAT_ARE_NO_ARRAY, ids=str)
+def test_a_value_that_is_no_array(server: Server, job: Job, refused: Any, kind: Any, value: Any) -> None:
+    message = "parameter 'w' cannot be made an array"
+    with refused(kind, message):
+        server.create_job("other", {"w": value}, optimizer="adam")
+    with refused(kind, message):
+        job.add_param_group({"params": {"w": value}})
+    with refused(kind, message):
+        job.replace_parameter("w", value)
+    assert [entry.name for entry in server.jobs()] == ["digits"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +122,8 @@ def test_an_existing_jobs_values_win(server: Server, job: Job, same: Any) -> Non
         (errors.DuplicateParameterError, {"params": [{"params": {"w": W}}, {"params": {"w": W}}]}, "'w' appears more"),
         (errors.InvalidArgumentError, {"workers": 0}, "workers is 0"),
         (errors.InvalidArgumentError, {"quorum": 2}, "quorum is 2"),
+        (errors.InvalidArgumentError, {"accumulation": 0}, "accumulation is 0; it must be a whole number of at least 1"),
+        (errors.InvalidArgumentError, {"accumulation": 1 << 40}, r"accumulation is 1099511627776; it must be below 2\^32"),
         (errors.InvalidArgumentError, {"consistency": "syn"}, "did you mean 'sync'"),
         (errors.InvalidArgumentError, {"on_missing": "ignore"}, "drop, wait, fail"),
         (errors.InvalidArgumentError, {"lease_seconds": -1.0}, "lease_seconds is -1"),
@@ -130,8 +174,8 @@ def test_an_edit_of_no_group(job: Job, refused: Any, index: int) -> None:
         (errors.ShapeMismatchError, {"w": W.reshape(-1)}, r"gradient 'w' has shape \(12,\)"),
         (
             errors.DtypeMismatchError,
-            {"w": W.astype(np.float64)},
-            "gradient 'w' has dtype float64; the parameter has dtype float32",
+            {"w": W.astype(np.complex64)},
+            "gradient 'w' has dtype complex64; the parameter has dtype float32",
         ),
         (errors.DtypeMismatchError, {"b": np.zeros(4, int)}, "gradient 'b' has dtype int64"),
         (errors.UnknownParameterError, {"v": W}, "gradient 'v' is not in the job; its parameters are 'w', 'b'"),

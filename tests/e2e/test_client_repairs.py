@@ -87,7 +87,7 @@ def orphan(client: Server) -> Callable[[], str]:
 
     def make() -> str:
         spec = _spec.job_spec(
-            "orphan", _spec.groups(zeros()), "sgd", {"lr": 1.0}, _spec.Rules(1, "sync", "reject", "drop", 1, 1800.0, 0.3)
+            "orphan", _spec.groups(zeros()), "sgd", {"lr": 1.0}, _spec.JobOptions(1, "sync", "reject", "drop", 1, 1800.0, 0.3)
         )
         job_id = str(uuid.uuid4())
         request = jobs_pb2.CreateJobRequest(job_id=job_id, session_id=str(uuid.uuid4()), spec=spec)

@@ -202,7 +202,7 @@ def test_state_that_is_complex_where_the_parameter_is_not_changes_nothing(
 def test_a_gradient_and_a_parameter_are_both_complex_or_both_real(server: Server, same: Any) -> None:
     job = create(server, "adam", workers=1)
     with job.join() as worker:
-        for name, wrong in (("z", np.float32), ("zz", np.complex64), ("r", np.complex64)):
+        for name, wrong in (("z", np.float32), ("zz", np.float64), ("r", np.complex64)):
             message = f"gradient '{name}' has dtype {np.dtype(wrong)}; the parameter has dtype {np.dtype(DTYPES[name])}"
             with pytest.raises(errors.DtypeMismatchError, match=message):
                 worker.push({name: np.zeros(SHAPES[name], wrong)})

@@ -3,83 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from edits_by_hand import Straight, edits_of, stepped
 
 from optserve.client import Job, Server, connect, errors
 from optserve.server.app import App
-from optserve.server.backends import select
-from optserve.server.formulas import OPTIMIZERS, Optimizer
-from optserve.server.jobs.spec import EXTRAS, edited
-from optserve.server.store import Store
+from optserve.server.formulas import OPTIMIZERS
+from optserve.server.jobs.spec import hyperparameters
 
 ONES = {"w": np.ones(4, np.float32)}
-
-
-def others(value: Any) -> list[Any]:
-    """Values of the same type, of which a check may refuse some."""
-    if value is None:
-        return [False, True, "match_rms_adamw", 0.5]
-    if isinstance(value, str):
-        return ["original", None]
-    if isinstance(value, tuple):  # of which the numbers travel as floats
-        value = tuple(float(entry) if isinstance(entry, int) else entry for entry in value)
-        places = [(at, entry) for at in reversed(range(len(value))) for entry in others(value[at])]
-        return [(*value[:at], entry, *value[at + 1 :]) for at, entry in places]
-    if isinstance(value, bool):
-        return [not value]
-    steps = [value + 1, value - 1] if isinstance(value, int) else [value / 2, 2 * value]
-    return [entry for entry in (*([] if value else [0.125]), *steps) if entry != value]
-
-
-def proposals(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
-    """Edits of one hyperparameter: alone, then with one more that may be in its way."""
-    beside = [{key: v} for key, default in optimizer.defaults.items() if key != name for v in (default, *others(group[key]))]
-    for more in ({}, *beside):
-        for value in others(group.get(name, 0.0)):
-            yield {**more, name: value}
-
-
-def edits_of(optimizer: Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Edits that are allowed one after the other and change every hyperparameter; each with the group that it leaves."""
-    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    group: dict[str, Any] = dict(optimizer.defaults)
-    for name in (*optimizer.defaults, *sorted(EXTRAS)):
-        for edit in proposals(optimizer, group, name):
-            try:
-                group = edited(optimizer, group, edit)
-            except errors.InvalidHyperparameterError:
-                continue
-            found.append((edit, group))
-            break
-    assert {key for edit, _ in found for key in edit} == {*optimizer.defaults, *EXTRAS}
-    return found
-
-
-class Straight:
-    """The same steps without a server: a store, its groups given by hand."""
-
-    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
-        optimizer = OPTIMIZERS[name]
-        self.store = Store(optimizer, select("numpy"))
-        self.store.add_group([(key, value.shape, value.dtype) for key, value in values.items()])
-        self.store.set_values(values)
-        self.store.seal()
-        self.store.create_state([optimizer.defaults])
-
-    def step(self, group: Mapping[str, Any], gradients: Mapping[str, Any]) -> dict[str, Any]:
-        flats = self.store.accumulators()
-        for place in self.store.layout.places:
-            place.shaped(flats[place.array_id])[...] = gradients[place.name]
-        self.store.update([group], flats)
-        return dict(self.store.export().values)
-
-    def state(self) -> dict[str, Any]:
-        return dict(self.store.export().state)
 
 
 def state_of(job: Job) -> dict[str, Any]:
@@ -105,7 +42,7 @@ def test_every_hyperparameter_of_every_optimizer_can_be_edited_while_it_trains(a
         job = one.create_job("j", values, optimizer=name)
         admin = other.job("j")
         with job.join() as worker:
-            for step, (edit, group) in enumerate([({}, dict(OPTIMIZERS[name].defaults)), *edits_of(OPTIMIZERS[name])]):
+            for step, (edit, group) in enumerate([({}, hyperparameters(OPTIMIZERS[name])), *edits_of(OPTIMIZERS[name])]):
                 by_worker = step % 2 == 0
                 version = 0
                 if by_worker:
@@ -113,7 +50,7 @@ def test_every_hyperparameter_of_every_optimizer_can_be_edited_while_it_trains(a
                 elif edit:
                     version = admin.update_group(0, **edit).version
                 gradients = draw()
-                same(worker.push_pull(gradients), straight.step(group, gradients))
+                same(stepped(worker, OPTIMIZERS[name], gradients), straight.step(group, gradients))
                 assert {**group, "params": ["w", "v"]} == worker.param_groups[0] == job.param_groups[0]
                 assert [key for key in worker.param_groups[0] if key != "params"] == list(group)
                 if edit:

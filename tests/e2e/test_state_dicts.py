@@ -9,11 +9,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from oracle import LATER, Configuration, Stock
+from oracle import APART, Configuration, Stock
 
 from optserve.client import Job, Server
 
-CASES = [case for case in oracle.configurations() if case.optimizer not in LATER]
+CASES = [case for case in oracle.configurations() if case.optimizer not in APART]
 DEFAULTS = [case for case in CASES if case.description == "default"]
 COMPLEX = [case for case in DEFAULTS if case.optimizer not in ("Adafactor", "Muon")]
 SHAPES = {"w": (5, 4), "v": (6, 3), "b": (4,), "scalar": ()}

@@ -96,7 +96,30 @@ def radam(group: Mapping[str, Any], parameter: Sequence[float], gradient: Sequen
     return result
 
 
-LOOPS: dict[str, Loop] = {"adam": adam, "adamax": adamax, "adamw": adam, "nadam": nadam, "radam": radam}
+def sparse_adam(group: Mapping[str, Any], parameter: Sequence[float], gradient: Sequence[float], state: State) -> list[float]:
+    """Of rows that all have a gradient: then it is Adam, whose eps is not corrected."""
+    (beta1, beta2), t = group["betas"], state["step"] + 1 if state else 1
+    state.setdefault("exp_avg", [0.0] * len(parameter))
+    state.setdefault("exp_avg_sq", [0.0] * len(parameter))
+    state["step"] = t
+    result = []
+    for i, (theta, slope) in enumerate(zip(parameter, gradient, strict=True)):
+        g = -slope if group["maximize"] else slope
+        m = state["exp_avg"][i] = beta1 * state["exp_avg"][i] + (1 - beta1) * g
+        v = state["exp_avg_sq"][i] = beta2 * state["exp_avg_sq"][i] + (1 - beta2) * g * g
+        rate = group["lr"] * sqrt(1 - beta2**t) / (1 - beta1**t)
+        result.append(theta - rate * m / (sqrt(v) + group["eps"]))
+    return result
+
+
+LOOPS: dict[str, Loop] = {
+    "adam": adam,
+    "adamax": adamax,
+    "adamw": adam,
+    "nadam": nadam,
+    "radam": radam,
+    "sparseadam": sparse_adam,
+}
 
 VARIANTS: list[Variant] = [
     Variant("adam", {"lr": 0.01}, in_float16=True, float16=FAIR),
@@ -122,4 +145,6 @@ VARIANTS: list[Variant] = [
     Variant("radam", {"lr": 0.01, "betas": (0.4, 0.9), "weight_decay": 0.1}),
     Variant("radam", {"lr": 0.01, "weight_decay": 0.2, "decoupled_weight_decay": True, "eps": 0.05, "maximize": True}),
     Variant("radam", {"lr": 0.01, "betas": (0.9, 0.6)}),
+    Variant("sparseadam", {"lr": 0.01}),
+    Variant("sparseadam", {"lr": 0.01, "eps": 0.05, "betas": (0.3, 0.8), "maximize": True}),
 ]

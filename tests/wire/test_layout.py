@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import dtypes
 from optserve.wire.chunks import CHUNK_BYTES
-from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, ProtocolViolationError, UnknownParameterError
+from optserve.wire.errors import (
+    DuplicateParameterError,
+    InvalidArgumentError,
+    ProtocolViolationError,
+    StaleLayoutError,
+    UnknownParameterError,
+)
 from optserve.wire.layout import ALIGNMENT, Layout
 
 F32, F16, BF16, F64 = (np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
@@ -134,6 +140,50 @@ def test_unknown_parameter_is_named_beside_the_known_ones() -> None:
 def test_group_that_cannot_be_laid_out_is_refused(parameters: list, error: type[Exception]) -> None:
     with pytest.raises(error):
         build([[((3,), F32)]]).extended(1, parameters)
+
+
+@given(GROUPS, st.data())
+def test_the_blocks_of_other_dtypes_count_their_bytes(groups: list, data: st.DataObject) -> None:
+    groups.append([((CHUNK_BYTES // 3,), F32), ((70_000, 5), F16), ((300_001,), F64), ((70_000, 3), C64), ((9,), F16)])
+    layout = build(groups)
+    chosen = data.draw(st.sets(st.sampled_from(range(len(layout.places)))) | st.just(set(range(len(layout.places)))))
+    kinds = {array.array_id: data.draw(st.sampled_from([F32, F16, BF16, F64])) for array in layout.arrays}
+    named = data.draw(st.sets(st.sampled_from(sorted(kinds))))
+    grids = {array_id: kinds[array_id] for array_id in named}
+    for _ in range(2):  # what is kept of the first time gives the same
+        found = layout.blocks_of(chosen, grids)
+        expected: dict[int, set[int]] = {}
+        for place in (layout.places[index] for index in chosen):
+            width = grids.get(place.array_id, layout.arrays[place.array_id].dtype).itemsize
+            begin, end = place.offset * width, (place.offset + place.size) * width
+            if place.size:
+                touched = range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES))
+                expected.setdefault(place.array_id, set()).update(touched)
+        assert found == {array_id: sorted(blocks) for array_id, blocks in sorted(expected.items())}
+
+
+def test_units_are_blocks_of_the_state_dtype_and_padding_is_counted_in_them() -> None:
+    layout = build([[((300_001,), F16), ((300_001,), F32), ((140_000,), F64), ((0, 2), BF16)]])
+    assert [array.unit for array in layout.arrays] == [262_144, 262_144, 131_072, 262_144]
+    assert layout.units_of(range(4)) == {0: [0, 1], 1: [0, 1], 2: [0, 1]}
+    assert layout.units_of([1]) == {1: [0, 1]}
+    assert layout.blocks_of(range(4)) == {0: [0], 1: [0, 1], 2: [0, 1]}
+    assert layout.arrays_of(range(4)) == {0, 1, 2, 3}
+    assert layout.arrays_of([3]) == {3}
+    for array_id, rest in ((0, 300_001 - 262_144), (1, 300_001 - 262_144)):
+        assert layout.padding(array_id, 0).size == 0
+        assert layout.padding(array_id, 1).tolist() == [*range(rest, -(-rest // 32) * 32)]
+    assert layout.padding(2, 1).size == 0
+
+
+@pytest.mark.parametrize(("version", "stale"), [(0, False), (2, True), (3, False), (5, False), (6, True)])
+def test_a_layout_that_is_no_part_of_this_one_is_stale(version: int, stale: bool) -> None:
+    layout = Layout(5, (), (), 3)
+    if stale:
+        with pytest.raises(StaleLayoutError, match=f"the push is of layout {version}; the job has layout 5"):
+            layout.check_version(version, "the push")
+    else:
+        layout.check_version(version, "the push")
 
 
 @given(GROUPS, st.data())

@@ -171,6 +171,7 @@ LOOKS: dict[str, Callable[[], Finding]] = {
     "dev_shm": _shared_memory,
     "extra server": _extra("server"),
     "extra demo": _extra("demo"),
+    "extra tensorboard": _extra("tensorboard"),
     "extra torch": _extra("torch"),
 }
 

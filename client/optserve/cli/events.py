@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from optserve.cli.options import example, opened, server_option
-from optserve.cli.output import moment, print_json
+from optserve.cli.output import MOST_NUMBERS, moment, numbers, print_json
 
 if TYPE_CHECKING:
     from optserve.client import Event
 
 FOLLOW_SECONDS = 10.0
 """One wait for new events; the server allows 30."""
+
+_OF_A_ROUND = ("grad_norm", "clip_factor", "evaluations")
 
 
 @click.command(epilog=example("optserve job events digits", "optserve job events digits --follow --json"))
@@ -43,8 +45,17 @@ def _print_event(event: Event, as_json: bool) -> None:
             "step": event.position.step,
             "message": event.message,
             "fields": dict(event.fields),
+            "metrics": dict(event.metrics),
         }
         print_json(entry, one_line=True)
     else:
         at = f"version {event.position.version:<6} step {event.position.step:<6}"
-        click.echo(f"{moment(event.time_seconds)}  {at} {event.kind:<10} {event.message}")
+        click.echo("  ".join([moment(event.time_seconds), f"{at} {event.kind:<10} {event.message}", *_numbers(event)]))
+
+
+def _numbers(event: Event) -> list[str]:
+    """Of a round: the ranks' metrics, the gradient's norm, by what it was clipped, how often closures were called."""
+    texts = [numbers(event.metrics, MOST_NUMBERS)] if event.metrics else []
+    if event.kind == "round" and "skip_reason" not in event.fields:
+        texts.append(numbers({name: float(event.fields[name]) for name in _OF_A_ROUND if name in event.fields}))
+    return [" ".join(filter(None, texts))] if any(texts) else []

@@ -11,6 +11,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "server": ("grpc_health", "grpc_reflection", "numba", "xxhash"),
     "demo": ("matplotlib", "sklearn"),
     "torch": ("torch",),
+    "tensorboard": ("tensorboardX",),
     "cuda12": ("cupy",),
 }
 """Modules by the extra that installs them. cuda13 brings the same module as cuda12."""

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from optserve.cli.assignments import Assignment, collect
 from optserve.cli.events import events
 from optserve.cli.fetch import export, pull
 from optserve.cli.group import describe as describe_group
 from optserve.cli.group import document as group_document
 from optserve.cli.options import connected, example, json_option, opened, server_option
-from optserve.cli.output import print_json, print_pairs, print_table, size
+from optserve.cli.output import MOST_NUMBERS, numbers, print_json, print_pairs, print_table, size, text
+from optserve.cli.parameters import remove_parameter, rename, replace
 from optserve.cli.schedule import describe as describe_schedule
 from optserve.cli.schedule import document as schedule_document
+from optserve.wire.arguments import ScheduleValue
 
 if TYPE_CHECKING:
     from optserve.client import JobInfo
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.group(epilog=example("optserve job list", "optserve job show digits --json"))
 def job() -> None:
-    """List, look at, fetch, watch and delete jobs."""
+    """List, look at, edit, fetch, watch and delete jobs."""
 
 
 def document(info: JobInfo) -> dict[str, object]:
@@ -40,6 +43,8 @@ def document(info: JobInfo) -> dict[str, object]:
         "lineage_id": info.position.lineage_id,
         "backend": info.backend,
         "state_bytes": info.state_bytes,
+        **rules_document(info),
+        "accumulated": info.accumulated,
         "metrics": dict(info.metrics),
         "groups": [group_document(index, entries) for index, entries in enumerate(info.groups)],
         "members": [
@@ -49,16 +54,27 @@ def document(info: JobInfo) -> dict[str, object]:
     }
 
 
+def rules_document(info: JobInfo) -> dict[str, object]:
+    """A job's rules as --json shows them."""
+    return {
+        "clip_grad_norm": info.clip_grad_norm,
+        "clip_grad_value": info.clip_grad_value,
+        "accumulation": info.accumulation,
+    }
+
+
+def _rules(info: JobInfo) -> str:
+    """Those that do anything."""
+    shown = [(name, value) for name, value in rules_document(info).items() if value is not None]
+    return " ".join(f"{name}={text(value)}" for name, value in shown if (name, value) != ("accumulation", 1))
+
+
 def _name(info: JobInfo) -> str:
     return info.name or f"({info.job_id})"
 
 
 def _alive(info: JobInfo) -> str:
     return f"{sum(member.alive for member in info.members)}/{info.workers}"
-
-
-def _metrics(info: JobInfo) -> str:
-    return " ".join(f"{key}={value:.4g}" for key, value in info.metrics.items())
 
 
 @job.command("list", epilog=example("optserve job list", "optserve job list --json"))
@@ -79,7 +95,7 @@ def list_jobs(server: str, as_json: bool) -> None:
             _alive(info),
             [entries["lr"] for entries in info.groups],
             size(info.state_bytes),
-            _metrics(info),
+            numbers(info.metrics, MOST_NUMBERS),
         ]
         for info in jobs
     ]
@@ -91,7 +107,7 @@ def list_jobs(server: str, as_json: bool) -> None:
 @server_option
 @json_option
 def show(job: str, server: str, as_json: bool) -> None:
-    """Show one job: where it stands, its schedule, groups, parameters and workers."""
+    """Show one job: where it stands, its schedule, rules, groups, parameters and workers."""
     with opened(server, job) as found:
         info, schedule = found.info(), found.lr_schedule
     if as_json:
@@ -106,8 +122,10 @@ def show(job: str, server: str, as_json: bool) -> None:
             ("stands at", f"step {info.position.step}, version {info.position.version}"),
             ("workers", f"{_alive(info)} alive"),
             ("state", size(info.state_bytes)),
-            ("metrics", _metrics(info) or "-"),
+            ("metrics", numbers(info.metrics) or "-"),
             ("schedule", standing),
+            ("rules", _rules(info) or "none"),
+            *([("window", f"{info.accumulated} of {info.accumulation} rounds summed up")] if info.accumulation > 1 else []),
         ]
     )
     _print_tables(info)
@@ -131,6 +149,26 @@ def _print_tables(info: JobInfo) -> None:
         print_table(["WORKER", "RANK", "EPOCH", "ALIVE"], [[m.name, m.rank, m.epoch, m.alive] for m in info.members])
 
 
+@job.command("set", epilog=example("optserve job set digits clip_grad_norm=1.0 accumulation=4"))
+@click.argument("job", metavar="JOB")
+@click.argument("values", nargs=-1, required=True, type=Assignment())
+@server_option
+@json_option
+def set_rules(job: str, values: tuple[tuple[str, ScheduleValue], ...], server: str, as_json: bool) -> None:
+    """Change what happens to gradients before a step: clip_grad_norm, clip_grad_value, accumulation.
+
+    From the next round on. `none` removes a clip rule.
+    """
+    changes = collect(values)
+    with opened(server, job) as found:
+        found.update_rules(**changes)
+        info = found.info()
+    if as_json:
+        print_json(rules_document(info))
+    else:
+        click.echo(f"rules: {_rules(info) or 'none'}")
+
+
 @job.command(epilog=example("optserve job delete digits --yes"))
 @click.argument("job", metavar="JOB")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -150,5 +188,5 @@ def delete(job: str, yes: bool, server: str, as_json: bool) -> None:
         click.echo(f"deleted {job!r}")
 
 
-for _command in (events, pull, export):
+for _command in (events, pull, export, rename, replace, remove_parameter):
     job.add_command(_command)

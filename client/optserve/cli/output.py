@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 WIDE = 1_000
 """Columns of a table that goes into a pipe or file: nothing is cut there."""
+
+MOST_NUMBERS = 8
+"""Of those in one line, where there are others like it."""
 
 _GAP = 2
 """Columns between two columns of a table."""
@@ -103,7 +106,14 @@ def text(value: object) -> str:
         return f"{value:.6g}"
     if isinstance(value, tuple | list):
         return ", ".join("none" if entry is None else text(entry) for entry in value)
-    return str(value)
+    shown = str(value)
+    return shown if shown.isprintable() else repr(shown)  # a name with a line break, or a code for the terminal
+
+
+def numbers(values: Mapping[str, float], most: int | None = None) -> str:
+    """Numbers by name, the first `most` of them."""
+    shown = [f"{name}={value:.4g}" for name, value in list(values.items())[:most]]
+    return " ".join(shown if len(shown) == len(values) else [*shown, f"and {len(values) - len(shown)} more"])
 
 
 def size(count: float) -> str:

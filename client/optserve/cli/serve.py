@@ -37,7 +37,7 @@ def _writable(_ctx: click.Context, _param: click.Parameter, file: Path | None) -
 @click.command(
     epilog=example(
         "optserve serve",
-        "optserve serve --data-dir /var/lib/optserve",
+        "optserve serve --data-dir /var/lib/optserve --tensorboard",
         "optserve serve --address 0.0.0.0:50051 --insecure --backend numpy",
     )
 )
@@ -75,6 +75,13 @@ def _writable(_ctx: click.Context, _param: click.Parameter, file: Path | None) -
     help="Where checkpoints lie. Without it, state is in memory only.",
 )
 @click.option(
+    "--tensorboard",
+    is_flag=True,
+    envvar="OPTSERVE_TENSORBOARD",
+    show_envvar=True,
+    help="Write TensorBoard files of every job's metrics into DATA_DIR/tensorboard.",
+)
+@click.option(
     "--max-streams",
     type=click.IntRange(min=1),
     default=256,
@@ -107,6 +114,7 @@ def serve(
     address_file: Path | None,
     backend: str,
     data_dir: Path | None,
+    tensorboard: bool,
     max_streams: int,
     insecure: bool,
     log_level: str,
@@ -129,5 +137,6 @@ def serve(
         data_dir=data_dir,
         max_streams=max_streams,
         insecure=insecure,
+        tensorboard=tensorboard,
     )
     ctx.exit(app.serve(config))

@@ -6,7 +6,9 @@ Needs no server dependency; thread safe; errors are those of `errors`, a tree un
 from optserve.client._connect import connect
 from optserve.client._info import Checkpoint, Event, JobInfo, Member, Position, Schedule, ServerInfo, StepInfo
 from optserve.client._job import Job
+from optserve.client._job_state import Loaded
 from optserve.client._server import Server
+from optserve.client._sparse import SparseGradient
 from optserve.client._worker import Worker
 from optserve.wire import errors
 from optserve.wire.errors import OptserveError
@@ -16,12 +18,14 @@ __all__ = [
     "Event",
     "Job",
     "JobInfo",
+    "Loaded",
     "Member",
     "OptserveError",
     "Position",
     "Schedule",
     "Server",
     "ServerInfo",
+    "SparseGradient",
     "StepInfo",
     "Worker",
     "connect",

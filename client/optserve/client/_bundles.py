@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 from optserve.client import _state_dict
-from optserve.client._spec import Group
+from optserve.client._spec import Array, Group
 from optserve.client._state_dict import Loading, StateDict
 from optserve.client._transport import Outgoing
-from optserve.v1 import optimizer_pb2, state_pb2
+from optserve.v1 import optimizer_pb2, parameters_pb2, state_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import bundle
 from optserve.wire.chunks import Chunk
@@ -36,11 +36,31 @@ def group_items(call: pb.CallIdentity, group: Group) -> Items:
     return items
 
 
+def value_items(call: pb.CallIdentity, name: str, value: Array, keep_state: bool) -> Items:
+    """ReplaceParameter's stream."""
+    tensors = [(name, "", value)]
+    entries, nbytes = bundle.table(tensors)
+    begin = parameters_pb2.ReplaceParameterBegin(call=call, entry=entries[0], bundle_bytes=nbytes, keep_state=keep_state)
+
+    def items() -> Iterator[Outgoing]:
+        yield parameters_pb2.ReplaceParameterRequest(begin=begin)
+        yield from bundle.chunks(tensors)
+        yield parameters_pb2.ReplaceParameterRequest(end=END)
+
+    return items
+
+
 def state_items(call: pb.CallIdentity, loading: Loading) -> Items:
     """LoadState's stream."""
     entries, nbytes = bundle.table(loading.tensors)
     begin = state_pb2.LoadStateBegin(
-        call=call, groups=loading.groups, steps=loading.steps, entries=entries, bundle_bytes=nbytes
+        call=call,
+        groups=loading.matched.groups,
+        steps=loading.steps,
+        entries=entries,
+        bundle_bytes=nbytes,
+        partial=loading.loaded is not None,
+        loaded=loading.loaded or (),
     )
 
     def items() -> Iterator[Outgoing]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -97,8 +98,9 @@ class Connection:
         if self.closed.is_set():
             raise ClosedError(f"the connection to {self.address} is closed")
 
-    def backoff(self) -> Backoff:
-        return Backoff(self.address, self.retry_timeout_seconds, self.closed)
+    def backoff(self, most_seconds: float = math.inf) -> Backoff:
+        """`most_seconds`: for a call that has less patience than the connection."""
+        return Backoff(self.address, min(self.retry_timeout_seconds, most_seconds), self.closed)
 
     def retried(self, action: Callable[[], Result]) -> Result:
         """The action, repeated while the server is away; it must be safe to repeat."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from optserve.client._connection import logger
 from optserve.v1 import types_pb2 as pb
-from optserve.wire.errors import InvalidArgumentError, MissingFunctionError, NonfiniteGradientError, RoundError
+from optserve.wire.errors import (
+    InvalidArgumentError,
+    MissingFunctionError,
+    NonfiniteGradientError,
+    RoundError,
+    StaleLayoutError,
+)
 
-_NOT_TO_BLAME = (InvalidArgumentError, MissingFunctionError, NonfiniteGradientError, RoundError)
+_NOT_TO_BLAME = (InvalidArgumentError, MissingFunctionError, NonfiniteGradientError, RoundError, StaleLayoutError)
 """Nothing was applied, whatever was changed: the next call brings it again."""
 
 

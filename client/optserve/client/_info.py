@@ -88,7 +88,9 @@ class Member:
 class JobInfo:
     """A job as it stood when asked. `name` is empty for an unnamed job; `layout` is empty in the list of all jobs.
 
-    `groups` have torch's keys, with parameter names under "params"; `metrics` are the means over the ranks at the last step.
+    `groups` have torch's keys, with parameter names under "params"; `metrics` are the means over the ranks in the last round
+    that brought any. `clip_grad_norm`, `clip_grad_value` and `accumulation` are the rules of now; `accumulated` rounds are
+    summed up and wait for the step.
     """
 
     job_id: str
@@ -108,6 +110,10 @@ class JobInfo:
     initialized: bool
     backend: str
     state_bytes: int
+    clip_grad_norm: float | None
+    clip_grad_value: float | None
+    accumulation: int
+    accumulated: int
     layout: Layout = field(repr=False)
 
     @classmethod
@@ -126,10 +132,14 @@ class JobInfo:
             position=Position.from_proto(job.position),
             groups=tuple(group_entries(group) for group in job.groups),
             members=tuple(Member(member.name, member.rank, member.epoch, member.alive) for member in job.members),
-            metrics=dict(job.metrics),
+            metrics=dict(sorted(job.metrics.items())),
             initialized=job.initialized,
             backend=job.backend,
             state_bytes=job.state_bytes,
+            clip_grad_norm=job.rules.clip_grad_norm if job.rules.HasField("clip_grad_norm") else None,
+            clip_grad_value=job.rules.clip_grad_value if job.rules.HasField("clip_grad_value") else None,
+            accumulation=job.rules.accumulation or 1,
+            accumulated=job.accumulated,
             layout=Layout.from_proto(job.layout),
         )
 
@@ -155,7 +165,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a job. `index` counts since the server started; `time_seconds` counts from 1970."""
+    """Something that happened to a job. `index` counts since the server started; `time_seconds` counts from 1970.
+
+    `metrics` are a round's: the means over the ranks.
+    """
 
     index: int
     time_seconds: float
@@ -163,11 +176,13 @@ class Event:
     position: Position
     message: str
     fields: Mapping[str, str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_proto(cls, event: jobs_pb2.Event) -> Event:
         position = Position.from_proto(event.position)
-        return cls(event.index, event.time_seconds, event.kind, position, event.message, dict(event.fields))
+        fields, metrics = dict(event.fields), dict(sorted(event.metrics.items()))
+        return cls(event.index, event.time_seconds, event.kind, position, event.message, fields, metrics)
 
 
 @dataclass(frozen=True)
@@ -201,8 +216,10 @@ class StepInfo:
     """What came of a push.
 
     `lr` has one entry a group, as the step used them. `grad_norm` is the Euclidean norm of the averaged gradient over all
-    groups. `skipped`: nothing was applied, `skip_reason` says why. `waited_for` is the rank that came last, if this worker
-    waited for it; `ranks` are those that contributed.
+    groups, before it was clipped; `clip_factor` is what it was multiplied with for that. `skipped`: nothing was applied,
+    `skip_reason` says why. `accumulated` rounds are summed up and wait for the step; 0 right after one. `evaluations`: how
+    often the ranks called their closures for the step, 0 without. `metrics` are means over the ranks, by weight. `waited_for`
+    is the rank that came last, if this worker waited for it; `ranks` are those that contributed.
     """
 
     step: int
@@ -215,6 +232,10 @@ class StepInfo:
     waited_for: int | None
     waited_seconds: float
     ranks: tuple[int, ...]
+    accumulated: int
+    clip_factor: float
+    evaluations: int
+    metrics: Mapping[str, float]
 
     @classmethod
     def from_proto(cls, result: data_pb2.PushResult) -> StepInfo:
@@ -229,4 +250,8 @@ class StepInfo:
             waited_for=result.waited_for_rank if result.HasField("waited_for_rank") else None,
             waited_seconds=result.waited_seconds,
             ranks=tuple(result.ranks),
+            accumulated=result.accumulated,
+            clip_factor=result.clip_factor,
+            evaluations=result.evaluations,
+            metrics=dict(sorted(result.metrics.items())),
         )

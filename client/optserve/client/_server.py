@@ -16,10 +16,10 @@ from optserve.client._heartbeat import Heartbeat
 from optserve.client._info import JobInfo, ServerInfo
 from optserve.client._job import Job
 from optserve.client._session import Session
-from optserve.client._spec import Group, ParamGroup, Params, Rules
+from optserve.client._spec import Group, JobOptions, ParamGroup, Params
 from optserve.client._transport import Outgoing
 from optserve.v1 import jobs_pb2, server_pb2, workers_pb2
-from optserve.wire.errors import InvalidArgumentError, JobExistsError, OptserveError
+from optserve.wire.errors import InvalidArgumentError, JobExistsError, JobNotFoundError, OptserveError
 from optserve.wire.layout import Layout
 
 _LEAVE_SECONDS = 10.0
@@ -62,6 +62,9 @@ class Server:
         quorum: int = 1,
         round_timeout_seconds: float = 1800.0,
         lease_seconds: float = 30.0,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        accumulation: int = 1,
         from_checkpoint: str | Path | None = None,
         **hyperparameters: object,
     ) -> Job:
@@ -72,22 +75,36 @@ class Server:
                 or complex128; not kept.
         optimizer: torch's class name in any case. hyperparameters: its arguments, for every group that has no own.
         exist_ok: attach to a job of that name instead; its spec must match, and its weights count, not these.
+        clip_grad_norm, clip_grad_value: what the averaged gradient is clipped to before a step, as by torch's functions of
+                these names; at most one of them. accumulation: the optimizer steps with the mean of so many rounds.
         from_checkpoint: a folder that download_checkpoint wrote; everything but the name comes from there.
 
         JobExistsError, JobSpecMismatchError, UnknownOptimizerError, UnknownHyperparameterError, InvalidHyperparameterError,
         DtypeMismatchError, DuplicateParameterError, InvalidArgumentError, CheckpointCorruptError: nothing was created.
         """
         if from_checkpoint is not None:
-            if params is not None or optimizer is not None or hyperparameters:
+            ruled = (clip_grad_norm, clip_grad_value, accumulation) != (None, None, 1)
+            if params is not None or optimizer is not None or hyperparameters or ruled:
                 raise InvalidArgumentError(
-                    "from_checkpoint brings parameters, optimizer and hyperparameters; give only the name"
+                    "from_checkpoint brings parameters, optimizer, hyperparameters and rules; give only the name"
                 )
             return self._from_checkpoint(name, Path(from_checkpoint), exist_ok)
         if params is None or optimizer is None:
             raise InvalidArgumentError('create_job needs params and an optimizer, as in optimizer="adam"')
-        rules = Rules(workers, consistency, on_nonfinite, on_missing, quorum, round_timeout_seconds, lease_seconds)
+        options = JobOptions(
+            workers=workers,
+            consistency=consistency,
+            on_nonfinite=on_nonfinite,
+            on_missing=on_missing,
+            quorum=quorum,
+            round_timeout_seconds=round_timeout_seconds,
+            lease_seconds=lease_seconds,
+            clip_grad_norm=clip_grad_norm,
+            clip_grad_value=clip_grad_value,
+            accumulation=accumulation,
+        )
         groups = _spec.groups(params)
-        spec = _spec.job_spec(name, groups, optimizer, hyperparameters, rules)
+        spec = _spec.job_spec(name, groups, optimizer, hyperparameters, options)
         caller = Caller(self._connection, str(uuid.uuid4()), name or "")
         request = jobs_pb2.CreateJobRequest(
             job_id=caller.session.job_id, session_id=caller.session.session_id, spec=spec, exist_ok=exist_ok
@@ -107,6 +124,8 @@ class Server:
 
     def job(self, name: str) -> Job:
         """A job by its name or UUID. JobNotFoundError."""
+        if not isinstance(name, str) or not name:
+            raise JobNotFoundError(f"no job {name!r}; a job is found by its name or UUID, a str")
         answer = self._connection.call(jobs_pb2.GetJobRequest(job=name), jobs_pb2.GetJobResponse)
         return Job(self._connection, answer.job)
 

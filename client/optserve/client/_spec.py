@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from optserve.client import _sparse
 from optserve.client._info import CONSISTENCY, ON_MISSING, ON_NONFINITE
 from optserve.v1 import jobs_pb2
 from optserve.v1 import types_pb2 as pb
@@ -16,7 +17,7 @@ from optserve.wire import dtypes
 from optserve.wire.errors import DuplicateParameterError, InvalidArgumentError, InvalidNameError, UnknownOptimizerError
 from optserve.wire.layout import Layout
 from optserve.wire.names import nearest
-from optserve.wire.values import to_hyperparameters
+from optserve.wire.values import plain, to_hyperparameters
 
 Array = npt.NDArray[np.generic]
 Params = Mapping[str, npt.ArrayLike] | Iterable[tuple[str, npt.ArrayLike]]
@@ -62,7 +63,7 @@ def _values(params: object) -> dict[str, Array]:
         name, value = pair
         if name in values:
             raise DuplicateParameterError(f"parameter {name!r} appears more than once", parameter=name)
-        array = np.asarray(value)
+        array = _sparse.array_of(value, f"parameter {name!r}", name)
         dtypes.to_wire(array.dtype, f"parameter {name!r}")
         values[name] = np.ascontiguousarray(array).reshape(array.shape)
     return values
@@ -112,7 +113,7 @@ def chosen(what: str, value: str, words: Mapping[str, _Number]) -> _Number:
 
 
 @dataclass(frozen=True)
-class Rules:
+class JobOptions:
     """How a job takes its steps."""
 
     workers: int
@@ -122,29 +123,53 @@ class Rules:
     quorum: int
     round_timeout_seconds: float
     lease_seconds: float
+    clip_grad_norm: object = None
+    clip_grad_value: object = None
+    accumulation: object = 1
+
+
+def _step_rules(options: JobOptions) -> jobs_pb2.StepRules:
+    """InvalidArgumentError for what is no number; which numbers are allowed is the server's to check."""
+    clips: dict[str, float | None] = {}
+    for name in ("clip_grad_norm", "clip_grad_value"):
+        value = plain(getattr(options, name))
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise TypeError
+            clips[name] = None if value is None else float(value)
+        except (TypeError, OverflowError):
+            raise InvalidArgumentError(f"{name} is {value!r}; it must be a number above 0, or None") from None
+    return jobs_pb2.StepRules(**clips, accumulation=_count("accumulation", options.accumulation))
+
+
+def _count(what: str, value: object) -> int:
+    count = plain(value)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InvalidArgumentError(f"{what} is {count!r}; it must be a whole number of at least 1")
+    if count >= 1 << 32:
+        raise InvalidArgumentError(f"{what} is {count}; it must be below 2^32")
+    return count
 
 
 def job_spec(
-    name: str | None, groups: list[Group], optimizer: str, defaults: Mapping[str, object], rules: Rules
+    name: str | None, groups: list[Group], optimizer: str, defaults: Mapping[str, object], options: JobOptions
 ) -> jobs_pb2.JobSpec:
     """The spec of a new job; the server checks what is the server's to check."""
     if name is not None and not isinstance(name, str):
         raise InvalidNameError(f"a job's name is of type {type(name).__name__}; it must be a str, or None")
     if not isinstance(optimizer, str):
         raise UnknownOptimizerError(f'optimizer is {optimizer!r}; it must be the name of one, as in optimizer="adam"')
-    for what, count in (("workers", rules.workers), ("quorum", rules.quorum)):
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 1 << 32:
-            raise InvalidArgumentError(f"{what} is {count!r}; it must be a whole number of at least 1")
     return jobs_pb2.JobSpec(
         name=name or "",
         optimizer=optimizer,
         defaults=to_hyperparameters(defaults),
         groups=[entry.to_proto() for entry in groups],
-        workers=rules.workers,
-        consistency=chosen("consistency", rules.consistency, CONSISTENCY),
-        on_nonfinite=chosen("on_nonfinite", rules.on_nonfinite, ON_NONFINITE),
-        on_missing=chosen("on_missing", rules.on_missing, ON_MISSING),
-        quorum=rules.quorum,
-        round_timeout_seconds=rules.round_timeout_seconds,
-        lease_seconds=rules.lease_seconds,
+        workers=_count("workers", options.workers),
+        consistency=chosen("consistency", options.consistency, CONSISTENCY),
+        on_nonfinite=chosen("on_nonfinite", options.on_nonfinite, ON_NONFINITE),
+        on_missing=chosen("on_missing", options.on_missing, ON_MISSING),
+        quorum=_count("quorum", options.quorum),
+        round_timeout_seconds=options.round_timeout_seconds,
+        lease_seconds=options.lease_seconds,
+        rules=_step_rules(options),
     )

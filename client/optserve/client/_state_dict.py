@@ -5,26 +5,26 @@ Deviations from torch's: `param_names` is always there, the state of 16-bit para
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from optserve.client import _lbfgs_state
+from optserve.client._matching import Matched, Saved
 from optserve.v1 import state_pb2
-from optserve.v1 import types_pb2 as pb
 from optserve.wire import dtypes
 from optserve.wire.bundle import Tensor
-from optserve.wire.errors import InvalidHyperparameterError, InvalidStateDictError
+from optserve.wire.errors import InvalidStateDictError
 from optserve.wire.layout import Layout
-from optserve.wire.values import from_hyperparameters, to_hyperparameters
+from optserve.wire.values import from_hyperparameters
 
 Array = npt.NDArray[np.generic]
 StateDict = dict[str, Any]
+Match = Callable[[Sequence[Saved]], Matched]
 
-_NOT_STATE = frozenset({"params", "param_names"})
 _MASTER = "master"
 
 
@@ -32,9 +32,11 @@ def build(begin: state_pb2.StateBegin, tensors: Sequence[Tensor]) -> StateDict:
     """A state_dict from what the server sent. The arrays are views of one buffer that belongs to the caller."""
     names = [name for group in begin.groups for name in group.parameters]
     ids = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Array]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name in sorted(begin.steps, key=ids.__getitem__):
-        state[ids[name]] = {"step": np.array(begin.steps[name], np.float32)} if begin.has_step else {}
+        count = begin.steps[name]
+        step = int(count) if begin.integer_steps else np.array(count, np.float32)
+        state[ids[name]] = {"step": step} if begin.has_step else {}
     for name, slot, array in tensors:
         if slot != _MASTER:
             state.setdefault(ids[name], {})[slot] = array
@@ -46,47 +48,42 @@ def build(begin: state_pb2.StateBegin, tensors: Sequence[Tensor]) -> StateDict:
         }
         for group in begin.groups
     ]
+    for index, entry in state.items():
+        if _lbfgs_state.is_one(entry):
+            state[index] = _lbfgs_state.outward(entry, groups[0])
     return {"state": dict(sorted(state.items())), "param_groups": groups}
 
 
 @dataclass(frozen=True)
 class Loading:
-    """A state_dict as the contract has it."""
+    """A state_dict as the contract has it. `matched` says for which parameters."""
 
-    groups: list[pb.Group]
-    steps: dict[str, float]
-    tensors: list[Tensor]
+    matched: Matched
+    steps: dict[str, float] = field(default_factory=dict)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    @property
+    def loaded(self) -> list[str] | None:
+        """The parameters that are loaded, if the others keep their state; None: all are."""
+        return [name for name in self.matched.names.values() if name is not None] if self.matched.missing else None
 
 
-def parse(state_dict: Mapping[str, Any], names: Sequence[Sequence[str]], layout: Layout) -> Loading:
-    """What load_state_dict sends: ours or torch's own dict, matched by position as torch does. `names` are the job's, by group.
+def parse(state_dict: Mapping[str, Any], match: Match, layout: Layout) -> Loading:
+    """What load_state_dict sends: ours or torch's own dict.
 
-    InvalidStateDictError if it does not fit the job's groups and parameters.
+    InvalidStateDictError if it does not fit the job's groups and parameters, as `match` finds them in it.
     """
     whole = _dict(state_dict, "a state_dict", "state", "param_groups")
     saved_groups = _list(whole["param_groups"], "param_groups")
     groups = [_dict(group, f"param group {index}", "params") for index, group in enumerate(saved_groups)]
     ids = [_list(group["params"], f"params of group {index}") for index, group in enumerate(groups)]
-    if len(ids) != len(names):
-        raise InvalidStateDictError(
-            f"loaded state dict has a different number of parameter groups: {len(ids)}; the job has {len(names)}"
-        )
-    for index, (found, wanted) in enumerate(zip(ids, names, strict=True)):
-        if len(found) != len(wanted):
-            raise InvalidStateDictError(
-                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"group {index} has {len(found)} parameters; the job's has {len(wanted)}"
-            )
-    by_id: dict[Any, str] = {}
-    for key, name in zip(chain.from_iterable(ids), chain.from_iterable(names), strict=True):
-        if not isinstance(key, Hashable) or key in by_id:
-            raise InvalidStateDictError(f"params name the parameter {key!r}; each must have an id of its own")
-        by_id[key] = name
-    loading = Loading([_group(group, wanted) for group, wanted in zip(groups, names, strict=True)], {}, [])
+    loading = Loading(match([Saved(*entry) for entry in zip(ids, groups, strict=True)]))
     for key, entry in _dict(whole["state"], "the state").items():
-        if key not in by_id:
+        if key not in loading.matched.names:
             raise InvalidStateDictError(f"the state of parameter {key!r} is in no param group")
-        _add(loading, by_id[key], _dict(entry, f"the state of parameter {key!r}"), layout)
+        name = loading.matched.names[key]
+        if name is not None:
+            _add(loading, name, _dict(entry, f"the state of parameter {key!r}"), layout)
     return loading
 
 
@@ -105,15 +102,11 @@ def _list(value: object, what: str) -> list[Any]:
     return list(value)
 
 
-def _group(saved: Mapping[Any, Any], names: Sequence[str]) -> pb.Group:
-    hyperparameters = {key: value for key, value in saved.items() if key not in _NOT_STATE}
-    try:
-        return pb.Group(hyperparameters=to_hyperparameters(hyperparameters), parameters=names)
-    except InvalidHyperparameterError as error:
-        raise InvalidStateDictError(f"a param group cannot be loaded: {error}") from error
-
-
 def _add(loading: Loading, name: str, entry: Mapping[Any, Any], layout: Layout) -> None:
+    if _lbfgs_state.is_one(entry):
+        _check_order(loading.matched, layout)
+        loading.tensors.extend((name, slot, array) for slot, array in _lbfgs_state.inward(entry, layout, _array).items())
+        return
     place = layout.place(name)
     slots = {slot: value for slot, value in entry.items() if slot != "step" and value is not None}
     if "step" in entry:
@@ -135,6 +128,14 @@ def _add(loading: Loading, name: str, entry: Mapping[Any, Any], layout: Layout) 
         with np.errstate(over="ignore"):  # beyond float32 is infinite there, as in torch
             array = array.astype(wanted if is_complex else dtypes.storage_dtype(wanted), copy=False)
         loading.tensors.append((name, slot, array))
+
+
+def _check_order(matched: Matched, layout: Layout) -> None:
+    """InvalidStateDictError unless all parameters come in the job's order, which is that of a state that is one vector."""
+    if list(matched.names.values()) != [place.name for place in layout.places]:
+        raise InvalidStateDictError(
+            "LBFGS's state is of all parameters as one vector; those of the state_dict are not the job's in the job's order"
+        )
 
 
 def _array(value: object, what: str) -> Array:

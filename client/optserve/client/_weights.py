@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from google.protobuf.message import Message
 
 from optserve.client._packing import Array
+from optserve.client._pulled_rows import PulledRows, RowIds
 from optserve.client._transport import refusal
 from optserve.v1 import data_pb2
 from optserve.wire.chunks import Chunk, Coverage, from_inline
@@ -23,6 +25,7 @@ from optserve.wire.errors import (
 from optserve.wire.layout import Array as FlatArray
 from optserve.wire.layout import Layout, Place
 from optserve.wire.methods import Item
+from optserve.wire.rows import ROWS_ARRAY_ID
 
 Weights = dict[str, npt.NDArray[Any]]
 
@@ -43,29 +46,44 @@ class Destination:
 
     New arrays are views of one flat array for each (group, dtype), so that a chunk is one copy; a dict of them that is given
     back as `out` is recognised. What `out` lacks is added to it; what it has beyond the names asked for is left alone.
+    Of the parameters in `rows` only these rows are taken, and arrays of them stand in the dict; nothing is made of the others.
     """
 
-    def __init__(self, layout: Layout, names: Iterable[str] | None = None, out: Weights | None = None) -> None:
-        """UnknownParameterError for a name; for an array of `out` Shape-, DtypeMismatchError, InvalidArgumentError."""
+    def __init__(
+        self, layout: Layout, names: Iterable[str] | None = None, out: Weights | None = None, rows: RowIds | None = None
+    ) -> None:
+        """UnknownParameterError for a name; for an array of `out` Shape-, DtypeMismatchError, InvalidArgumentError.
+
+        `rows`: see PulledRows; in these parameters' place, whether `names` has them or not.
+        """
         self.layout = layout
         self.filled = False
         """Whether the weights of this very layout came."""
-        self.names = None if names is None else list(dict.fromkeys(names))
-        self.places = layout.places if self.names is None else tuple(layout.place(name) for name in self.names)
+        self.rows = PulledRows(layout, rows)
+        self.asked = self.rows.to_proto()
+        chosen = [place.name for place in layout.places] if names is None else [*names, *self.rows.names]
+        self.names = list(dict.fromkeys(chosen))
+        """In the order of the dict that is returned."""
+        apart = self.rows.shapes
+        self.places = tuple(layout.place(name) for name in self.names if name not in apart)
+        """Of the parameters that come whole."""
         self._out: Weights = {} if out is None else out
         self._arrays: Weights = {place.name: self._out[place.name] for place in self.places if place.name in self._out}
         self._late: list[tuple[Array, Array]] = []
-        self._check()
+        self._counts = Counter(place.array_id for place in layout.places)
+        for place in self.places:
+            self._check(place, place.shape, "the parameter has")
+        for name, shape in apart.items():
+            self._check(layout.place(name), shape, "these rows have")
         self._spans = {array_id: self._array_spans(array_id, places) for array_id, places in self._by_array().items()}
 
     def coverage(self) -> dict[int, Coverage]:
         """The blocks that the server sends, by array."""
-        found = {array.array_id: Coverage(f"array {array.array_id}", array.nbytes) for array in self.layout.arrays}
-        if self.names is not None:
-            wanted = self.layout.blocks_of([place.index for place in self.places])
-            for array_id, coverage in found.items():
-                coverage.missing = set(wanted.get(array_id, ()))
-        return found
+        wanted = self.layout.blocks_of([place.index for place in self.places])
+        return {
+            array.array_id: Coverage(f"array {array.array_id}", array.nbytes, wanted.get(array.array_id, ()))
+            for array in self.layout.arrays
+        }
 
     def write(self, chunk: Chunk) -> None:
         """Puts a chunk's bytes where they belong."""
@@ -79,7 +97,11 @@ class Destination:
         """The dict, filled."""
         for into, array in self._late:
             into[...] = array
-        self._out.update((place.name, self._arrays[place.name]) for place in self.places)
+        for name, rows in self.rows.arrays().items():
+            if name in self._out:
+                self._out[name][...] = rows
+            self._arrays[name] = self._out.get(name, rows)
+        self._out.update((name, self._arrays[name]) for name in self.names)
         return self._out
 
     def _overlapping(self, array_id: int, low: int, high: int) -> Iterable[_Span]:
@@ -95,19 +117,18 @@ class Destination:
             yield spans[first]
             first += 1
 
-    def _check(self) -> None:
-        for place in self.places:
-            if place.name not in self._arrays:
-                continue
-            array = self._arrays[place.name]
-            if not isinstance(array, np.ndarray):
-                raise InvalidArgumentError(f"out[{place.name!r}] is a {type(array).__name__}; it must be a NumPy array")
-            if array.shape != place.shape:
-                raise ShapeMismatchError(f"out[{place.name!r}] has shape {array.shape}; the parameter has shape {place.shape}")
-            if array.dtype != place.dtype:
-                raise DtypeMismatchError(f"out[{place.name!r}] has dtype {array.dtype}; the parameter has dtype {place.dtype}")
-            if not array.flags.writeable:
-                raise InvalidArgumentError(f"out[{place.name!r}] is read-only")
+    def _check(self, place: Place, shape: tuple[int, ...], what: str) -> None:
+        if place.name not in self._out:
+            return
+        array: object = self._out[place.name]
+        if not isinstance(array, np.ndarray):
+            raise InvalidArgumentError(f"out[{place.name!r}] is a {type(array).__name__}; it must be a NumPy array")
+        if array.shape != shape:
+            raise ShapeMismatchError(f"out[{place.name!r}] has shape {array.shape}; {what} shape {shape}")
+        if array.dtype != place.dtype:
+            raise DtypeMismatchError(f"out[{place.name!r}] has dtype {array.dtype}; the parameter has dtype {place.dtype}")
+        if not array.flags.writeable:
+            raise InvalidArgumentError(f"out[{place.name!r}] is read-only")
 
     def _by_array(self) -> dict[int, list[Place]]:
         found: dict[int, list[Place]] = {}
@@ -117,7 +138,7 @@ class Destination:
 
     def _array_spans(self, array_id: int, places: list[Place]) -> list[_Span]:
         array = self.layout.arrays[array_id]
-        if self.names is None:
+        if len(places) == self._counts[array_id]:
             flat = None
             if all(place.name not in self._arrays for place in places):
                 flat = np.empty(array.length, array.dtype)
@@ -174,15 +195,20 @@ def read(begin: data_pb2.WeightsBegin, receive: Callable[[], Item], destination:
     """
     fits = begin.layout_version == destination.layout.version
     coverage = destination.coverage() if fits else {}
+    receiver = destination.rows.receiver(begin.rows) if fits else None
     for item in from_inline(begin.inline) if begin.HasField("inline") else _followers(receive):
-        if fits:
+        if receiver is not None and item.array_id == ROWS_ARRAY_ID:
+            receiver.add(item)
+        elif fits:
             if item.array_id not in coverage:
                 raise ProtocolViolationError(f"a chunk of array {item.array_id} came, which was not asked for")
             coverage[item.array_id].add(item.offset, item.data.nbytes)
             destination.write(item)
-    missing = sum(len(entry.missing) for entry in coverage.values())
+    missing = sum(len(entry.missing) for entry in coverage.values()) + (receiver.missing if receiver else 0)
     if missing:
         raise ProtocolViolationError(f"the weights ended with {missing} chunks missing")
+    if fits:
+        destination.rows.check()
     destination.filled = fits
 
 

@@ -5,38 +5,32 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, Self, TypeVar
+from typing import NoReturn, Self, SupportsFloat
 
-from optserve.client import _functions, _gradients, _weights
-from optserve.client._connection import logger
+from optserve.client import _functions, _gradients
+from optserve.client._closures import Closure, ClosureStep, KeptWeights
 from optserve.client._edits import Edits
+from optserve.client._exchange import Exchange, Making, Wanted
 from optserve.client._functions import Functions, Given, LrLambdas
-from optserve.client._gradients import Gradients, Push
+from optserve.client._gradients import Gradients
 from optserve.client._groups import ReadOnlyList, advice, read_only
 from optserve.client._info import Schedule, StepInfo
-from optserve.client._transport import Outgoing, Stream
+from optserve.client._options import PushOptions
+from optserve.client._pulled_rows import RowIds
+from optserve.client._transport import Stream
 from optserve.client._weights import Destination, Weights
-from optserve.client._worker_session import SILENCE_SECONDS, WorkerSession
-from optserve.v1 import data_pb2, optimizer_pb2
+from optserve.client._worker_session import WorkerSession
+from optserve.v1 import optimizer_pb2
 from optserve.v1 import types_pb2 as pb
-from optserve.wire.chunks import INLINE_BYTES, to_inline
-from optserve.wire.errors import (
-    MissingFunctionError,
-    OptserveError,
-    ProtocolViolationError,
-    ReadOnlyError,
-    RolledBackError,
-    UnknownParameterError,
-)
+from optserve.wire.errors import InvalidArgumentError, MissingFunctionError, ReadOnlyError, RolledBackError
 from optserve.wire.values import to_hyperparameters
 
 Metrics = Mapping[str, float]
-Result = TypeVar("Result")
 
 
 class Worker:
@@ -51,10 +45,13 @@ class Worker:
         self._session = session
         self._functions = functions or Functions()
         self._lock = threading.Lock()
-        """Guards the session, its stream, the edits, last_step and which push is pending."""
+        """Guards the session, its stream, the edits, last_step, what closures are given and which push is pending."""
         self._edits = Edits()
-        self._last_step: StepInfo | None = None
+        self._exchange = Exchange(session, self._edits)
+        self._kept = KeptWeights()
         self._pending: Future[Weights] | None = None
+        self._in_closure: int | None = None
+        """The thread that runs a closure of step()."""
         weakref.finalize(self, session.abandon)
 
     def __repr__(self) -> str:
@@ -71,7 +68,7 @@ class Worker:
     @property
     def last_step(self) -> StepInfo | None:
         """What came of this worker's last push; None before the first one."""
-        return self._last_step
+        return self._exchange.last_step
 
     @property
     def param_groups(self) -> ReadOnlyList:
@@ -85,43 +82,86 @@ class Worker:
     def param_groups(self, _: object) -> NoReturn:
         raise ReadOnlyError(advice("worker"))
 
-    def pull(self, out: Weights | None = None) -> Weights:
+    def pull(self, out: Weights | None = None, *, rows: RowIds | None = None) -> Weights:
         """The weights of one whole version, by name, in the caller's own arrays of the parameters' shapes and dtypes.
 
         `out`: filled and returned instead of new arrays; cheapest if it is a dict that pull or push_pull returned before.
         Its contents are undefined after an error.
-        """
-        with self._turn():
-            return self._pull(out)
 
-    def push(self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None) -> StepInfo:
+        `rows`: of these parameters only these rows, such as {"emb": ids}: an array of shape (len(ids), *parameter.shape[1:])
+        in the order of the ids, which may repeat. The others come whole. InvalidArgumentError for an id out of range.
+        """
+        with self._turn("pull"):
+            return self._exchange.pull(_destination(out, rows))
+
+    def push(
+        self,
+        gradients: Gradients | None,
+        weight: float = 1.0,
+        metrics: Metrics | None = None,
+        *,
+        loss_scale: float | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        found_inf: bool = False,
+    ) -> StepInfo:
         """Contributes to a step and waits until it is applied.
 
-        gradients: arrays of their parameters' shapes and dtypes; a name that is missing or None has none. weight: of this rank
-        in the mean over the ranks, such as the samples it saw. metrics: scalars, averaged over the ranks.
+        gradients: arrays of their parameters' shapes, or SparseGradient; a name that is missing or None has none. Of another
+        floating dtype than the parameter they are sent as they are, none wider than the optimizer's state. weight: of this
+        rank in the mean over the ranks, such as the samples it saw. metrics: scalars, averaged over the ranks.
+
+        loss_scale: the gradients are those of the loss times this. Then NaN or Inf on any rank skip the step for all, as does
+        found_inf=True, with which gradients may be None. clip_grad_norm or clip_grad_value: as torch's functions of these names
+        do it to the averaged gradient, instead of the job's own rule. RanksDisagreeError if ranks scale or clip differently.
 
         UnknownParameterError, ShapeMismatchError, DtypeMismatchError, InvalidArgumentError before anything is sent;
-        NonfiniteGradientError for NaN or Inf, by the job's policy; RoundTimeoutError naming the ranks that did not come.
+        UnsupportedGradientError for a sparse one that the optimizer does not take; NonfiniteGradientError for NaN or Inf, by
+        the job's policy; RoundTimeoutError naming the ranks that did not come.
         """
+        options = PushOptions(weight, metrics, loss_scale, clip_grad_norm, clip_grad_value, found_inf).checked()
         restores = self._session.restores()
-        with self._turn():
-            return self._send(self._checked(gradients, weight, metrics), None, restores)
+        with self._turn("push"):
+            return self._exchange.push(_push(gradients, options), restores)
 
     def push_pull(
-        self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None, out: Weights | None = None
+        self,
+        gradients: Gradients | None,
+        weight: float = 1.0,
+        metrics: Metrics | None = None,
+        out: Weights | None = None,
+        *,
+        rows: RowIds | None = None,
+        loss_scale: float | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        found_inf: bool = False,
     ) -> Weights:
         """push() and pull() in one exchange: the weights right after the step. What came of the push is in last_step."""
+        options = PushOptions(weight, metrics, loss_scale, clip_grad_norm, clip_grad_value, found_inf).checked()
         restores = self._session.restores()
-        with self._turn():
-            return self._send_and_pull(self._checked(gradients, weight, metrics), out, restores)
+        with self._turn("push_pull"):
+            return self._exchange.push_pull(_push(gradients, options), _destination(out, rows), restores)
 
     def push_pull_async(
-        self, gradients: Gradients, weight: float = 1.0, metrics: Metrics | None = None, out: Weights | None = None
+        self,
+        gradients: Gradients | None,
+        weight: float = 1.0,
+        metrics: Metrics | None = None,
+        out: Weights | None = None,
+        *,
+        rows: RowIds | None = None,
+        loss_scale: float | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        found_inf: bool = False,
     ) -> Future[Weights]:
         """push_pull() in a thread. The gradients (and `out`) must stay untouched until the future is done.
 
         One is under way at a time: every other call first waits for it. What is wrong with the gradients is raised here.
         """
+        options = PushOptions(weight, metrics, loss_scale, clip_grad_norm, clip_grad_value, found_inf).checked()
+        make, wanted = _push(gradients, options), _destination(out, rows)
         restores = self._session.restores()
         future: Future[Weights] = Future()
         future.set_running_or_notify_cancel()
@@ -129,27 +169,58 @@ class Worker:
         def run() -> None:
             try:
                 with self._lock:
-                    weights = self._send_and_pull(push, out, restores)
+                    weights = self._exchange.push_pull(make, wanted, restores, push)
             except BaseException as error:
                 future.set_exception(error)
             else:
                 future.set_result(weights)
 
-        with self._turn():
-            push = self._checked(gradients, weight, metrics)
+        with self._turn("push_pull_async"):
+            push = self._exchange.fitted(make)
             threading.Thread(target=run, name=f"optserve-push-{self.name}", daemon=True).start()
             self._pending = future
         return future
 
-    def skip_round(self, metrics: Metrics | None = None, out: Weights | None = None) -> Weights:
+    def skip_round(self, metrics: Metrics | None = None, out: Weights | None = None, *, rows: RowIds | None = None) -> Weights:
         """Sits a round out: contributes nothing, waits for the others and returns the weights after their step."""
+        options = PushOptions(0.0, metrics).checked()
         restores = self._session.restores()
-        with self._turn():
-            self._session.check_open()
-            return self._send_and_pull(_gradients.skipped(self._session.layout, metrics), out, restores)
+        with self._turn("skip_round"):
+            return self._exchange.push_pull(partial(_gradients.skipped, options=options), _destination(out, rows), restores)
+
+    def step(
+        self,
+        closure: Closure,
+        weight: float = 1.0,
+        *,
+        metrics: Metrics | None = None,
+        out: Weights | None = None,
+        loss_scale: float | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+    ) -> float:
+        """torch's step(closure): pulls, calls closure(weights) -> (loss, gradients), pushes. Returns this rank's first loss.
+
+        An optimizer that searches (LBFGS) has the closure called again, at points of its own, on every rank; loss and gradient
+        are averaged by weight, and the whole step is one version of the job. Others call it once. `weights` is a dict of
+        arrays that the worker keeps and overwrites at the next evaluation. The loss is a number, or an array or tensor of one;
+        it goes along as the metric "loss" unless there is one of that name, and is not scaled where there is a loss_scale.
+
+        `out`: used for the closure's weights, and filled with those after the step; without it none are sent then.
+
+        What the closure raises is raised here and nothing is applied: the other ranks get RoundFailedError if this was not the
+        first evaluation, else they wait. InvalidArgumentError if it returns no loss, NaN, or calls a method of this worker that
+        would wait for the step; else as push(). It may be called anew from the first evaluation if a rank comes or goes.
+        """
+        if not callable(closure):
+            raise InvalidArgumentError(f"closure is of type {type(closure).__name__}; it must be a function of the weights")
+        options = PushOptions(weight, metrics, loss_scale, clip_grad_norm, clip_grad_value).checked()
+        restores = self._session.restores()
+        with self._turn("step"):
+            return ClosureStep(self._exchange, self._watched(closure), options, out, self._kept).run(restores)
 
     def update_group(self, index: int, /, **hyperparameters: object) -> None:
-        """Edits hyperparameters of one group with this worker's next push or step_schedule(): they hold from there on.
+        """Edits hyperparameters of one group with this worker's next push, step() or step_schedule(): they hold from there on.
 
         For scripts that every rank runs; Job.update_group edits at once. A push steps with the new values, a schedule from
         them. UnknownParameterError for the index and InvalidHyperparameterError for what cannot be sent are raised here, all
@@ -160,7 +231,7 @@ class Worker:
         """
         index, changes = operator.index(index), to_hyperparameters(hyperparameters)
         restores = self._session.restores()
-        with self._turn():
+        with self._turn("update_group"):
             self._session.check_open()
             self._session.check_group(index)
             self._edits.note(index, changes, restores)
@@ -199,10 +270,10 @@ class Worker:
                 self._edits.applied()
                 return answer
 
-            return self._bring_edits(step, restores)
+            return self._exchange.bring_edits(step, restores)
 
         restores = session.restores()
-        with self._turn():
+        with self._turn("step_schedule"):
             answer = self._functions.step(lr_lambda, call, session.schedule)
             session.schedule_steps += 1
             self._functions.told(answer.schedule)
@@ -231,11 +302,16 @@ class Worker:
             self.close()
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _turn(self, method: str) -> Iterator[None]:
         """The lock, once no push_pull_async is under way. What came of that is its future's to tell.
 
-        Whatever call learns of a roll back, the edits that none has brought are of the state that is gone.
+        Whatever call learns of a roll back, the edits that none has brought are of the state that is gone. `method`: for the
+        InvalidArgumentError of a closure that calls it, and would wait for itself.
         """
+        if self._in_closure == threading.get_ident():
+            raise InvalidArgumentError(
+                f"the closure called worker.{method}(); it gets the weights as its argument and returns (loss, gradients)"
+            )
         while True:
             pending = self._pending
             if pending is not None:
@@ -249,137 +325,22 @@ class Worker:
                         raise
                     return
 
-    def _checked(self, gradients: Gradients, weight: float, metrics: Metrics | None) -> Push:
-        self._session.check_open()
-        try:
-            return _gradients.checked(self._session.layout, gradients, weight, metrics)
-        except UnknownParameterError:
-            known = self._session.layout.version
-            self._session.refresh_layout()  # somebody may have added a group
-            if self._session.layout.version == known:
-                raise
-            return _gradients.checked(self._session.layout, gradients, weight, metrics)
+    def _watched(self, closure: Closure) -> Closure:
+        """The closure, known to be running while it does."""
 
-    def _destination(self, out: Weights | None) -> Destination:
-        self._session.check_open()
-        return Destination(self._session.layout, None, out)
-
-    def _pull(self, out: Weights | None) -> Weights:
-        """The lock is held."""
-        destination = self._destination(out)
-        while True:
-            self._session.call(partial(self._request_weights, destination))
-            if destination.filled:
-                return destination.finished()
-            self._session.refresh_layout()
-            destination = self._destination(out)
-
-    def _request_weights(self, destination: Destination, stream: Stream, identity: pb.CallIdentity) -> None:
-        pull = data_pb2.PullWeights(
-            inline_weights_bytes=INLINE_BYTES,
-            seen=identity.seen,
-            groups_version=self._session.groups.version(identity.seen),
-        )
-        stream.send([data_pb2.StreamRequest(pull=pull)])
-        self._read_weights(stream, destination)
-        self._session.settle()
-
-    def _read_weights(self, stream: Stream, destination: Destination) -> None:
-        answer = self._session.answer(stream)
-        if answer.WhichOneof("content") != "weights":
-            raise ProtocolViolationError(f"{answer.WhichOneof('content')} came where weights were expected")
-        self._take_weights(answer.weights, stream, destination)
-
-    def _take_weights(self, begin: data_pb2.WeightsBegin, stream: Stream, destination: Destination) -> None:
-        self._session.session.saw(begin.position)
-        self._session.groups.told(begin.changed_groups)
-        _weights.read(begin, lambda: stream.receive(SILENCE_SECONDS), destination)
-
-    def _send_and_pull(self, push: Push, out: Weights | None, restores: frozenset[str]) -> Weights:
-        """The lock is held."""
-        destination = self._destination(out)
-        self._send(push, destination, restores)
-        if destination.filled:
-            return destination.finished()
-        self._session.refresh_layout()
-        return self._pull(out)
-
-    def _send(self, push: Push, destination: Destination | None, restores: frozenset[str]) -> StepInfo:
-        """The push, until its result and the weights that may follow are read. The lock is held."""
-        step: StepInfo | None = None
-
-        def exchange(stream: Stream, identity: pb.CallIdentity) -> StepInfo:
-            nonlocal step
-            if step is not None and destination is not None:  # applied; the stream broke before the weights were here
-                self._request_weights(destination, stream, identity)
-                return step
-            result = self._result(push, stream, identity, destination is not None)
-            self._session.applied(result.seq, result.position)
-            self._session.groups.told(result.changed_groups)
-            self._edits.applied()
-            step = self._last_step = StepInfo.from_proto(result)
+        def run(weights: Weights) -> tuple[SupportsFloat, Gradients]:
+            self._in_closure = threading.get_ident()
             try:
-                if destination is not None and result.HasField("weights"):
-                    self._take_weights(result.weights, stream, destination)
-                elif destination is not None:
-                    self._read_weights(stream, destination)
-            except OptserveError:
-                self._session.drop()
-                raise
-            self._session.settle()
-            return step
+                return closure(weights)
+            finally:
+                self._in_closure = None
 
-        return self._bring_edits(exchange, restores)
-
-    def _bring_edits(self, action: Callable[[Stream, pb.CallIdentity], Result], restores: frozenset[str]) -> Result:
-        """WorkerSession.call of an action that sends the edits and, once they are applied, says so. The lock is held."""
-        self._edits.forget(restores)
-        try:
-            return self._session.call(action, restores)
-        except BaseException as error:
-            self._edits.failed(error)
-            raise
-
-    def _result(self, push: Push, stream: Stream, identity: pb.CallIdentity, want_weights: bool) -> data_pb2.PushResult:
-        """Sends the push, as often as the server asks for it, and reads what came of it."""
-        stream.send(self._requests(push, identity, want_weights))
-        while True:
-            answer = self._session.answer(stream)
-            content = answer.WhichOneof("content")
-            if content == "pushed":
-                return answer.pushed
-            if content == "waiting":
-                _log_waiting(answer.waiting)
-            elif content == "resend":
-                stream.send(self._requests(push, identity, want_weights))
-            else:
-                raise ProtocolViolationError(f"a push was answered with {content}")
-
-    def _requests(self, push: Push, identity: pb.CallIdentity, want_weights: bool) -> Iterator[Outgoing]:
-        """Begin, chunks, end; made while they are sent."""
-        begin = data_pb2.PushBegin(
-            call=identity,
-            contribution=push.contribution,
-            weight=push.weight,
-            parameter_count=len(push.layout.places),
-            absent=push.absent,
-            content_fingerprint=push.fingerprint,
-            want_weights=want_weights,
-            metrics=push.metrics,
-            inline_weights_bytes=INLINE_BYTES,
-            nonfinite=push.nonfinite,
-            changes=self._edits.to_proto(),
-            groups_version=self._session.groups.version(identity.seen),
-        )
-        if push.layout.nbytes <= INLINE_BYTES:
-            begin.inline.CopyFrom(to_inline(pieces.assembled() for pieces in push.chunks()))
-            yield data_pb2.StreamRequest(push=begin)
-            return
-        yield data_pb2.StreamRequest(push=begin)
-        yield from push.chunks()
-        yield data_pb2.StreamRequest(end=pb.StreamEnd())
+        return run
 
 
-def _log_waiting(waiting: data_pb2.RoundWaiting) -> None:
-    missing = ", ".join(f"rank {member.rank}" + (f" {member.name!r}" if member.name else "") for member in waiting.missing)
-    logger.warning("round %d: waiting %.0f s for %s", waiting.round, waiting.waited_seconds, missing)
+def _push(gradients: Gradients | None, options: PushOptions) -> Making:
+    return lambda layout: _gradients.checked(layout, gradients, options)
+
+
+def _destination(out: Weights | None, rows: RowIds | None) -> Wanted:
+    return lambda layout: Destination(layout, None, out, rows)

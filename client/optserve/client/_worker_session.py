@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -80,16 +81,20 @@ class WorkerSession:
         return frozenset(self._restored)
 
     def call(
-        self, action: Callable[[Stream, pb.CallIdentity], Result], known_restores: Collection[str] | None = None
+        self,
+        action: Callable[[Stream, pb.CallIdentity], Result],
+        known_restores: Collection[str] | None = None,
+        retry_seconds: float = math.inf,
     ) -> Result:
         """The action on the open stream, repeated with the same identity while the server is away.
 
         It calls settle() once the whole answer is read, otherwise the stream is given up; and applied() if it changes the job.
         known_restores: restores() as it was when a call that changes the job was begun. One begun before a restore is not
-        repeated after it: what it brings is of the state that is gone. None: the call changes nothing.
+        repeated after it: what it brings is of the state that is gone. None: the call changes nothing. retry_seconds: at most
+        so long, if that is less than the connection's own patience.
         """
         known: Collection[str] = self._restored if known_restores is None else known_restores
-        backoff = self.connection.backoff()
+        backoff = self.connection.backoff(retry_seconds)
         repeat = joined_again = False
         while True:
             self.check_open()
@@ -133,9 +138,9 @@ class WorkerSession:
         """The answer is read whole: the stream can take the next request."""
         self._settled = True
 
-    def answer(self, stream: Stream) -> data_pb2.StreamResponse:
+    def answer(self, stream: Stream, silence_seconds: float = SILENCE_SECONDS) -> data_pb2.StreamResponse:
         """The next message that is no chunk; an error or goodbye is raised."""
-        item = stream.receive(SILENCE_SECONDS)
+        item = stream.receive(silence_seconds)
         if isinstance(item, Chunk) or not isinstance(item, data_pb2.StreamResponse):
             raise ProtocolViolationError("a chunk came where an answer was expected")
         refused = refusal(item)

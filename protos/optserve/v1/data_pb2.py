@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from optserve.v1 import types_pb2 as optserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optserve/v1/data.proto\x12\x0boptserve.v1\x1a\x17optserve/v1/types.proto\"d\n\nStreamOpen\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12#\n\x04seen\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\"I\n\x0cStreamOpened\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x10\n\x08last_seq\x18\x02 \x01(\x04\"\xee\x03\n\tPushBegin\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12/\n\x0c\x63ontribution\x18\x02 \x01(\x0e\x32\x19.optserve.v1.Contribution\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x17\n\x0fparameter_count\x18\x04 \x01(\r\x12\x0e\n\x06\x61\x62sent\x18\x05 \x03(\r\x12\x1b\n\x13\x63ontent_fingerprint\x18\x06 \x01(\x06\x12\x14\n\x0cwant_weights\x18\x07 \x01(\x08\x12\x34\n\x07metrics\x18\x08 \x03(\x0b\x32#.optserve.v1.PushBegin.MetricsEntry\x12)\n\x06inline\x18\t \x01(\x0b\x32\x19.optserve.v1.InlineChunks\x12\x1c\n\x14inline_weights_bytes\x18\n \x01(\r\x12\x11\n\tnonfinite\x18\x0b \x03(\r\x12)\n\x07\x63hanges\x18\x0c \x03(\x0b\x32\x18.optserve.v1.GroupChange\x12\x1b\n\x0egroups_version\x18\r \x01(\x04H\x00\x88\x01\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x11\n\x0f_groups_version\"\x80\x01\n\x0bPullWeights\x12\x1c\n\x14inline_weights_bytes\x18\x01 \x01(\r\x12#\n\x04seen\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x1b\n\x0egroups_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x11\n\x0f_groups_version\"\xe7\x01\n\rStreamRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.optserve.v1.StreamOpenH\x00\x12&\n\x04push\x18\x02 \x01(\x0b\x32\x16.optserve.v1.PushBeginH\x00\x12%\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12(\n\x04pull\x18\x04 \x01(\x0b\x32\x18.optserve.v1.PullWeightsH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\xcc\x02\n\nPushResult\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x16\n\x0elearning_rates\x18\x03 \x03(\x01\x12\x11\n\tgrad_norm\x18\x04 \x01(\x01\x12\x0f\n\x07skipped\x18\x05 \x01(\x08\x12\x13\n\x0bskip_reason\x18\x06 \x01(\t\x12\r\n\x05ranks\x18\x07 \x03(\r\x12\x1c\n\x0fwaited_for_rank\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0ewaited_seconds\x18\t \x01(\x01\x12*\n\x07weights\x18\n \x01(\x0b\x32\x19.optserve.v1.WeightsBegin\x12\x32\n\x0e\x63hanged_groups\x18\x0b \x01(\x0b\x32\x1a.optserve.v1.ChangedGroupsB\x12\n\x10_waited_for_rank\"[\n\x0cRoundWaiting\x12\r\n\x05round\x18\x01 \x01(\x04\x12$\n\x07missing\x18\x02 \x03(\x0b\x32\x13.optserve.v1.Member\x12\x16\n\x0ewaited_seconds\x18\x03 \x01(\x01\"\x1c\n\x0bRoundResend\x12\r\n\x05round\x18\x01 \x01(\x04\"\xd3\x01\n\x0cWeightsBegin\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x16\n\x0elayout_version\x18\x02 \x01(\x04\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.optserve.v1.Layout\x12)\n\x06inline\x18\x04 \x01(\x0b\x32\x19.optserve.v1.InlineChunks\x12\x32\n\x0e\x63hanged_groups\x18\x05 \x01(\x0b\x32\x1a.optserve.v1.ChangedGroups\"2\n\x07Goodbye\x12\'\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x18.optserve.v1.ErrorDetail\"\xa1\x03\n\x0eStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.optserve.v1.StreamOpenedH\x00\x12)\n\x06pushed\x18\x02 \x01(\x0b\x32\x17.optserve.v1.PushResultH\x00\x12,\n\x07waiting\x18\x03 \x01(\x0b\x32\x19.optserve.v1.RoundWaitingH\x00\x12*\n\x06resend\x18\x04 \x01(\x0b\x32\x18.optserve.v1.RoundResendH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.optserve.v1.ErrorDetailH\x00\x12,\n\x07weights\x18\x06 \x01(\x0b\x32\x19.optserve.v1.WeightsBeginH\x00\x12%\n\x03\x65nd\x18\x07 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12\'\n\x07goodbye\x18\x08 \x01(\x0b\x32\x14.optserve.v1.GoodbyeH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\x93\x01\n\x0bPushRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.optserve.v1.PushBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"7\n\x0cPushResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.optserve.v1.PushResult\"n\n\x0bPullRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\t\x12\x16\n\x0einclude_layout\x18\x03 \x01(\x08\x12#\n\x04seen\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\"\x97\x01\n\x0cPullResponse\x12*\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x19.optserve.v1.WeightsBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent*z\n\x0c\x43ontribution\x12\x1c\n\x18\x43ONTRIBUTION_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONTRIBUTION_GRADIENT\x10\x01\x12\x15\n\x11\x43ONTRIBUTION_SKIP\x10\x02\x12\x1a\n\x16\x43ONTRIBUTION_NONFINITE\x10\x03\x32\xd2\x01\n\x0b\x44\x61taService\x12\x45\n\x06Stream\x12\x1a.optserve.v1.StreamRequest\x1a\x1b.optserve.v1.StreamResponse(\x01\x30\x01\x12=\n\x04Push\x12\x18.optserve.v1.PushRequest\x1a\x19.optserve.v1.PushResponse(\x01\x12=\n\x04Pull\x12\x18.optserve.v1.PullRequest\x1a\x19.optserve.v1.PullResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16optserve/v1/data.proto\x12\x0boptserve.v1\x1a\x17optserve/v1/types.proto\"d\n\nStreamOpen\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12#\n\x04seen\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\"I\n\x0cStreamOpened\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x10\n\x08last_seq\x18\x02 \x01(\x04\"\x99\x07\n\tPushBegin\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12/\n\x0c\x63ontribution\x18\x02 \x01(\x0e\x32\x19.optserve.v1.Contribution\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x17\n\x0fparameter_count\x18\x04 \x01(\r\x12\x0e\n\x06\x61\x62sent\x18\x05 \x03(\r\x12\x1b\n\x13\x63ontent_fingerprint\x18\x06 \x01(\x06\x12\x14\n\x0cwant_weights\x18\x07 \x01(\x08\x12\x34\n\x07metrics\x18\x08 \x03(\x0b\x32#.optserve.v1.PushBegin.MetricsEntry\x12)\n\x06inline\x18\t \x01(\x0b\x32\x19.optserve.v1.InlineChunks\x12\x1c\n\x14inline_weights_bytes\x18\n \x01(\r\x12\x11\n\tnonfinite\x18\x0b \x03(\r\x12)\n\x07\x63hanges\x18\x0c \x03(\x0b\x32\x18.optserve.v1.GroupChange\x12\x1b\n\x0egroups_version\x18\r \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0elayout_version\x18\x0e \x01(\x04\x12\x32\n\x06\x64types\x18\x10 \x03(\x0b\x32\".optserve.v1.PushBegin.DtypesEntry\x12&\n\x06sparse\x18\x11 \x03(\x0b\x32\x16.optserve.v1.RowsEntry\x12\x17\n\nloss_scale\x18\x12 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0e\x63lip_grad_norm\x18\x13 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0f\x63lip_grad_value\x18\x14 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04loss\x18\x15 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\nevaluation\x18\x16 \x01(\r\x12\x0f\n\x07\x63losure\x18\x17 \x01(\x06\x12$\n\twant_rows\x18\x18 \x03(\x0b\x32\x11.optserve.v1.Rows\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x44\n\x0b\x44typesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12$\n\x05value\x18\x02 \x01(\x0e\x32\x15.optserve.v1.DataType:\x02\x38\x01\x42\x11\n\x0f_groups_versionB\r\n\x0b_loss_scaleB\x11\n\x0f_clip_grad_normB\x12\n\x10_clip_grad_valueB\x07\n\x05_loss\"\xb9\x01\n\x0bPullWeights\x12\x1c\n\x14inline_weights_bytes\x18\x01 \x01(\r\x12#\n\x04seen\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x1b\n\x0egroups_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x1f\n\x04rows\x18\x04 \x03(\x0b\x32\x11.optserve.v1.Rows\x12\x16\n\x0elayout_version\x18\x05 \x01(\x04\x42\x11\n\x0f_groups_version\"\xe7\x01\n\rStreamRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.optserve.v1.StreamOpenH\x00\x12&\n\x04push\x18\x02 \x01(\x0b\x32\x16.optserve.v1.PushBeginH\x00\x12%\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12(\n\x04pull\x18\x04 \x01(\x0b\x32\x18.optserve.v1.PullWeightsH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\xf2\x03\n\nPushResult\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\'\n\x08position\x18\x02 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x16\n\x0elearning_rates\x18\x03 \x03(\x01\x12\x11\n\tgrad_norm\x18\x04 \x01(\x01\x12\x0f\n\x07skipped\x18\x05 \x01(\x08\x12\x13\n\x0bskip_reason\x18\x06 \x01(\t\x12\r\n\x05ranks\x18\x07 \x03(\r\x12\x1c\n\x0fwaited_for_rank\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0ewaited_seconds\x18\t \x01(\x01\x12*\n\x07weights\x18\n \x01(\x0b\x32\x19.optserve.v1.WeightsBegin\x12\x32\n\x0e\x63hanged_groups\x18\x0b \x01(\x0b\x32\x1a.optserve.v1.ChangedGroups\x12\x13\n\x0b\x61\x63\x63umulated\x18\x0c \x01(\r\x12\x13\n\x0b\x63lip_factor\x18\r \x01(\x01\x12\x13\n\x0b\x65valuations\x18\x0e \x01(\r\x12\x35\n\x07metrics\x18\x10 \x03(\x0b\x32$.optserve.v1.PushResult.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x12\n\x10_waited_for_rank\"J\n\x08\x45valuate\x12\x12\n\nevaluation\x18\x01 \x01(\r\x12*\n\x07weights\x18\x02 \x01(\x0b\x32\x19.optserve.v1.WeightsBegin\"[\n\x0cRoundWaiting\x12\r\n\x05round\x18\x01 \x01(\x04\x12$\n\x07missing\x18\x02 \x03(\x0b\x32\x13.optserve.v1.Member\x12\x16\n\x0ewaited_seconds\x18\x03 \x01(\x01\"-\n\x0bRoundResend\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0f\n\x07restart\x18\x02 \x01(\x08\"\xf9\x01\n\x0cWeightsBegin\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x16\n\x0elayout_version\x18\x02 \x01(\x04\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.optserve.v1.Layout\x12)\n\x06inline\x18\x04 \x01(\x0b\x32\x19.optserve.v1.InlineChunks\x12\x32\n\x0e\x63hanged_groups\x18\x05 \x01(\x0b\x32\x1a.optserve.v1.ChangedGroups\x12$\n\x04rows\x18\x06 \x03(\x0b\x32\x16.optserve.v1.RowsEntry\"2\n\x07Goodbye\x12\'\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x18.optserve.v1.ErrorDetail\"\xcc\x03\n\x0eStreamResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.optserve.v1.StreamOpenedH\x00\x12)\n\x06pushed\x18\x02 \x01(\x0b\x32\x17.optserve.v1.PushResultH\x00\x12,\n\x07waiting\x18\x03 \x01(\x0b\x32\x19.optserve.v1.RoundWaitingH\x00\x12*\n\x06resend\x18\x04 \x01(\x0b\x32\x18.optserve.v1.RoundResendH\x00\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.optserve.v1.ErrorDetailH\x00\x12,\n\x07weights\x18\x06 \x01(\x0b\x32\x19.optserve.v1.WeightsBeginH\x00\x12%\n\x03\x65nd\x18\x07 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12\'\n\x07goodbye\x18\x08 \x01(\x0b\x32\x14.optserve.v1.GoodbyeH\x00\x12)\n\x08\x65valuate\x18\t \x01(\x0b\x32\x15.optserve.v1.EvaluateH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\x93\x01\n\x0bPushRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.optserve.v1.PushBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"7\n\x0cPushResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.optserve.v1.PushResult\"\xa7\x01\n\x0bPullRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x03(\t\x12\x16\n\x0einclude_layout\x18\x03 \x01(\x08\x12#\n\x04seen\x18\x04 \x01(\x0b\x32\x15.optserve.v1.Position\x12\x1f\n\x04rows\x18\x05 \x03(\x0b\x32\x11.optserve.v1.Rows\x12\x16\n\x0elayout_version\x18\x06 \x01(\x04\"\x97\x01\n\x0cPullResponse\x12*\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x19.optserve.v1.WeightsBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent*\x94\x01\n\x0c\x43ontribution\x12\x1c\n\x18\x43ONTRIBUTION_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONTRIBUTION_GRADIENT\x10\x01\x12\x15\n\x11\x43ONTRIBUTION_SKIP\x10\x02\x12\x1a\n\x16\x43ONTRIBUTION_NONFINITE\x10\x03\x12\x18\n\x14\x43ONTRIBUTION_ABANDON\x10\x04\x32\xd2\x01\n\x0b\x44\x61taService\x12\x45\n\x06Stream\x12\x1a.optserve.v1.StreamRequest\x1a\x1b.optserve.v1.StreamResponse(\x01\x30\x01\x12=\n\x04Push\x12\x18.optserve.v1.PushRequest\x1a\x19.optserve.v1.PushResponse(\x01\x12=\n\x04Pull\x12\x18.optserve.v1.PullRequest\x1a\x19.optserve.v1.PullResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,40 +34,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PUSHBEGIN_METRICSENTRY']._loaded_options = None
   _globals['_PUSHBEGIN_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_CONTRIBUTION']._serialized_start=2720
-  _globals['_CONTRIBUTION']._serialized_end=2842
+  _globals['_PUSHBEGIN_DTYPESENTRY']._loaded_options = None
+  _globals['_PUSHBEGIN_DTYPESENTRY']._serialized_options = b'8\001'
+  _globals['_PUSHRESULT_METRICSENTRY']._loaded_options = None
+  _globals['_PUSHRESULT_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_CONTRIBUTION']._serialized_start=3603
+  _globals['_CONTRIBUTION']._serialized_end=3751
   _globals['_STREAMOPEN']._serialized_start=64
   _globals['_STREAMOPEN']._serialized_end=164
   _globals['_STREAMOPENED']._serialized_start=166
   _globals['_STREAMOPENED']._serialized_end=239
   _globals['_PUSHBEGIN']._serialized_start=242
-  _globals['_PUSHBEGIN']._serialized_end=736
-  _globals['_PUSHBEGIN_METRICSENTRY']._serialized_start=671
-  _globals['_PUSHBEGIN_METRICSENTRY']._serialized_end=717
-  _globals['_PULLWEIGHTS']._serialized_start=739
-  _globals['_PULLWEIGHTS']._serialized_end=867
-  _globals['_STREAMREQUEST']._serialized_start=870
-  _globals['_STREAMREQUEST']._serialized_end=1101
-  _globals['_PUSHRESULT']._serialized_start=1104
-  _globals['_PUSHRESULT']._serialized_end=1436
-  _globals['_ROUNDWAITING']._serialized_start=1438
-  _globals['_ROUNDWAITING']._serialized_end=1529
-  _globals['_ROUNDRESEND']._serialized_start=1531
-  _globals['_ROUNDRESEND']._serialized_end=1559
-  _globals['_WEIGHTSBEGIN']._serialized_start=1562
-  _globals['_WEIGHTSBEGIN']._serialized_end=1773
-  _globals['_GOODBYE']._serialized_start=1775
-  _globals['_GOODBYE']._serialized_end=1825
-  _globals['_STREAMRESPONSE']._serialized_start=1828
-  _globals['_STREAMRESPONSE']._serialized_end=2245
-  _globals['_PUSHREQUEST']._serialized_start=2248
-  _globals['_PUSHREQUEST']._serialized_end=2395
-  _globals['_PUSHRESPONSE']._serialized_start=2397
-  _globals['_PUSHRESPONSE']._serialized_end=2452
-  _globals['_PULLREQUEST']._serialized_start=2454
-  _globals['_PULLREQUEST']._serialized_end=2564
-  _globals['_PULLRESPONSE']._serialized_start=2567
-  _globals['_PULLRESPONSE']._serialized_end=2718
-  _globals['_DATASERVICE']._serialized_start=2845
-  _globals['_DATASERVICE']._serialized_end=3055
+  _globals['_PUSHBEGIN']._serialized_end=1163
+  _globals['_PUSHBEGIN_METRICSENTRY']._serialized_start=965
+  _globals['_PUSHBEGIN_METRICSENTRY']._serialized_end=1011
+  _globals['_PUSHBEGIN_DTYPESENTRY']._serialized_start=1013
+  _globals['_PUSHBEGIN_DTYPESENTRY']._serialized_end=1081
+  _globals['_PULLWEIGHTS']._serialized_start=1166
+  _globals['_PULLWEIGHTS']._serialized_end=1351
+  _globals['_STREAMREQUEST']._serialized_start=1354
+  _globals['_STREAMREQUEST']._serialized_end=1585
+  _globals['_PUSHRESULT']._serialized_start=1588
+  _globals['_PUSHRESULT']._serialized_end=2086
+  _globals['_PUSHRESULT_METRICSENTRY']._serialized_start=965
+  _globals['_PUSHRESULT_METRICSENTRY']._serialized_end=1011
+  _globals['_EVALUATE']._serialized_start=2088
+  _globals['_EVALUATE']._serialized_end=2162
+  _globals['_ROUNDWAITING']._serialized_start=2164
+  _globals['_ROUNDWAITING']._serialized_end=2255
+  _globals['_ROUNDRESEND']._serialized_start=2257
+  _globals['_ROUNDRESEND']._serialized_end=2302
+  _globals['_WEIGHTSBEGIN']._serialized_start=2305
+  _globals['_WEIGHTSBEGIN']._serialized_end=2554
+  _globals['_GOODBYE']._serialized_start=2556
+  _globals['_GOODBYE']._serialized_end=2606
+  _globals['_STREAMRESPONSE']._serialized_start=2609
+  _globals['_STREAMRESPONSE']._serialized_end=3069
+  _globals['_PUSHREQUEST']._serialized_start=3072
+  _globals['_PUSHREQUEST']._serialized_end=3219
+  _globals['_PUSHRESPONSE']._serialized_start=3221
+  _globals['_PUSHRESPONSE']._serialized_end=3276
+  _globals['_PULLREQUEST']._serialized_start=3279
+  _globals['_PULLREQUEST']._serialized_end=3446
+  _globals['_PULLRESPONSE']._serialized_start=3449
+  _globals['_PULLRESPONSE']._serialized_end=3600
+  _globals['_DATASERVICE']._serialized_start=3754
+  _globals['_DATASERVICE']._serialized_end=3964
 # @@protoc_insertion_point(module_scope)

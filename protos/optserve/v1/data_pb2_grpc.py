@@ -58,8 +58,8 @@ class DataServiceServicer(object):
 
     def Stream(self, request_iterator, context):
         """A worker's one long-lived stream, half duplex: the worker sends a request (open, a whole push, a pull), then reads its answer.
-        Answers: to open, opened; to a push, any number of waiting, then pushed, resend or error, and after pushed the weights if they
-        were asked for; to a pull, weights or error. goodbye may come instead of any. A push is safe to retry with its identity, on a
+        Answers: to open, opened; to a push, any number of waiting, then pushed, evaluate, resend or error, and after pushed the weights
+        if they were asked for; to a pull, weights or error. goodbye may come instead of any. A push is safe to retry with its identity, on a
         new stream too: it is answered with the stored result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

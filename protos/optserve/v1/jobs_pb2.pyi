@@ -46,7 +46,7 @@ class GroupSpec(_message.Message):
     def __init__(self, hyperparameters: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ..., parameters: _Optional[_Iterable[_Union[_types_pb2.Parameter, _Mapping]]] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("name", "optimizer", "defaults", "groups", "workers", "consistency", "on_nonfinite", "on_missing", "quorum", "round_timeout_seconds", "lease_seconds")
+    __slots__ = ("name", "optimizer", "defaults", "groups", "workers", "consistency", "on_nonfinite", "on_missing", "quorum", "round_timeout_seconds", "lease_seconds", "rules")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class JobSpec(_message.Message):
     QUORUM_FIELD_NUMBER: _ClassVar[int]
     ROUND_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     name: str
     optimizer: str
     defaults: _containers.RepeatedCompositeFieldContainer[_types_pb2.Hyperparameter]
@@ -69,10 +70,21 @@ class JobSpec(_message.Message):
     quorum: int
     round_timeout_seconds: float
     lease_seconds: float
-    def __init__(self, name: _Optional[str] = ..., optimizer: _Optional[str] = ..., defaults: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupSpec, _Mapping]]] = ..., workers: _Optional[int] = ..., consistency: _Optional[_Union[Consistency, str]] = ..., on_nonfinite: _Optional[_Union[OnNonfinite, str]] = ..., on_missing: _Optional[_Union[OnMissing, str]] = ..., quorum: _Optional[int] = ..., round_timeout_seconds: _Optional[float] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
+    rules: StepRules
+    def __init__(self, name: _Optional[str] = ..., optimizer: _Optional[str] = ..., defaults: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[GroupSpec, _Mapping]]] = ..., workers: _Optional[int] = ..., consistency: _Optional[_Union[Consistency, str]] = ..., on_nonfinite: _Optional[_Union[OnNonfinite, str]] = ..., on_missing: _Optional[_Union[OnMissing, str]] = ..., quorum: _Optional[int] = ..., round_timeout_seconds: _Optional[float] = ..., lease_seconds: _Optional[float] = ..., rules: _Optional[_Union[StepRules, _Mapping]] = ...) -> None: ...
+
+class StepRules(_message.Message):
+    __slots__ = ("clip_grad_norm", "clip_grad_value", "accumulation")
+    CLIP_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    CLIP_GRAD_VALUE_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATION_FIELD_NUMBER: _ClassVar[int]
+    clip_grad_norm: float
+    clip_grad_value: float
+    accumulation: int
+    def __init__(self, clip_grad_norm: _Optional[float] = ..., clip_grad_value: _Optional[float] = ..., accumulation: _Optional[int] = ...) -> None: ...
 
 class JobInfo(_message.Message):
-    __slots__ = ("job_id", "spec", "position", "layout", "groups", "members", "initialized", "backend", "metrics", "state_bytes")
+    __slots__ = ("job_id", "spec", "position", "layout", "groups", "members", "initialized", "backend", "metrics", "state_bytes", "rules", "accumulated")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +102,8 @@ class JobInfo(_message.Message):
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATED_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     spec: JobSpec
     position: _types_pb2.Position
@@ -100,7 +114,9 @@ class JobInfo(_message.Message):
     backend: str
     metrics: _containers.ScalarMap[str, float]
     state_bytes: int
-    def __init__(self, job_id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.Group, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[_types_pb2.Member, _Mapping]]] = ..., initialized: bool = ..., backend: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., state_bytes: _Optional[int] = ...) -> None: ...
+    rules: StepRules
+    accumulated: int
+    def __init__(self, job_id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., layout: _Optional[_Union[_types_pb2.Layout, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.Group, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[_types_pb2.Member, _Mapping]]] = ..., initialized: bool = ..., backend: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., state_bytes: _Optional[int] = ..., rules: _Optional[_Union[StepRules, _Mapping]] = ..., accumulated: _Optional[int] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
     __slots__ = ("job_id", "session_id", "spec", "exist_ok")
@@ -223,7 +239,7 @@ class WaitForVersionResponse(_message.Message):
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("index", "time_seconds", "kind", "position", "message", "fields")
+    __slots__ = ("index", "time_seconds", "kind", "position", "message", "fields", "metrics")
     class FieldsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -231,19 +247,28 @@ class Event(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     index: int
     time_seconds: float
     kind: str
     position: _types_pb2.Position
     message: str
     fields: _containers.ScalarMap[str, str]
-    def __init__(self, index: _Optional[int] = ..., time_seconds: _Optional[float] = ..., kind: _Optional[str] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., message: _Optional[str] = ..., fields: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, index: _Optional[int] = ..., time_seconds: _Optional[float] = ..., kind: _Optional[str] = ..., position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., message: _Optional[str] = ..., fields: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ListEventsRequest(_message.Message):
     __slots__ = ("job_id", "after", "wait_seconds")

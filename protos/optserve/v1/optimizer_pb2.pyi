@@ -68,6 +68,22 @@ class UpdateGroupResponse(_message.Message):
     position: _types_pb2.Position
     def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ...) -> None: ...
 
+class UpdateRulesRequest(_message.Message):
+    __slots__ = ("call", "rules")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    call: _types_pb2.CallIdentity
+    rules: _containers.RepeatedCompositeFieldContainer[_types_pb2.Hyperparameter]
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., rules: _Optional[_Iterable[_Union[_types_pb2.Hyperparameter, _Mapping]]] = ...) -> None: ...
+
+class UpdateRulesResponse(_message.Message):
+    __slots__ = ("position", "rules")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    position: _types_pb2.Position
+    rules: _jobs_pb2.StepRules
+    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., rules: _Optional[_Union[_jobs_pb2.StepRules, _Mapping]] = ...) -> None: ...
+
 class Schedule(_message.Message):
     __slots__ = ("name", "arguments", "last_epoch", "learning_rates", "awaited", "setting", "state")
     NAME_FIELD_NUMBER: _ClassVar[int]

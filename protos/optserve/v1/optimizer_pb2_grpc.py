@@ -50,6 +50,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optserve_dot_v1_dot_optimizer__pb2.UpdateGroupRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_optimizer__pb2.UpdateGroupResponse.FromString,
                 _registered_method=True)
+        self.UpdateRules = channel.unary_unary(
+                '/optserve.v1.OptimizerService/UpdateRules',
+                request_serializer=optserve_dot_v1_dot_optimizer__pb2.UpdateRulesRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_optimizer__pb2.UpdateRulesResponse.FromString,
+                _registered_method=True)
         self.SetSchedule = channel.unary_unary(
                 '/optserve.v1.OptimizerService/SetSchedule',
                 request_serializer=optserve_dot_v1_dot_optimizer__pb2.SetScheduleRequest.SerializeToString,
@@ -92,6 +97,13 @@ class OptimizerServiceServicer(object):
 
     def UpdateGroup(self, request, context):
         """Edits hyperparameters of one group. Safe to retry with the same identity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateRules(self, request, context):
+        """Edits what happens to gradients before they are stepped with. Safe to retry with the same identity.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +154,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.UpdateGroup,
                     request_deserializer=optserve_dot_v1_dot_optimizer__pb2.UpdateGroupRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_optimizer__pb2.UpdateGroupResponse.SerializeToString,
+            ),
+            'UpdateRules': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateRules,
+                    request_deserializer=optserve_dot_v1_dot_optimizer__pb2.UpdateRulesRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_optimizer__pb2.UpdateRulesResponse.SerializeToString,
             ),
             'SetSchedule': grpc.unary_unary_rpc_method_handler(
                     servicer.SetSchedule,
@@ -246,6 +263,33 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/UpdateGroup',
             optserve_dot_v1_dot_optimizer__pb2.UpdateGroupRequest.SerializeToString,
             optserve_dot_v1_dot_optimizer__pb2.UpdateGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateRules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optserve.v1.OptimizerService/UpdateRules',
+            optserve_dot_v1_dot_optimizer__pb2.UpdateRulesRequest.SerializeToString,
+            optserve_dot_v1_dot_optimizer__pb2.UpdateRulesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from optserve.v1 import types_pb2 as optserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optserve/v1/state.proto\x12\x0boptserve.v1\x1a\x17optserve/v1/types.proto\"!\n\x0fGetStateRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x99\x01\n\x10GetStateResponse\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.optserve.v1.StateBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\x8d\x02\n\nStateBegin\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\"\n\x06groups\x18\x02 \x03(\x0b\x32\x12.optserve.v1.Group\x12\x31\n\x05steps\x18\x03 \x03(\x0b\x32\".optserve.v1.StateBegin.StepsEntry\x12)\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x18.optserve.v1.BundleEntry\x12\x14\n\x0c\x62undle_bytes\x18\x05 \x01(\x04\x12\x10\n\x08has_step\x18\x06 \x01(\x08\x1a,\n\nStepsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9d\x01\n\x10LoadStateRequest\x12,\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1b.optserve.v1.LoadStateBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\x83\x02\n\x0eLoadStateBegin\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\"\n\x06groups\x18\x02 \x03(\x0b\x32\x12.optserve.v1.Group\x12\x35\n\x05steps\x18\x03 \x03(\x0b\x32&.optserve.v1.LoadStateBegin.StepsEntry\x12)\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x18.optserve.v1.BundleEntry\x12\x14\n\x0c\x62undle_bytes\x18\x05 \x01(\x04\x1a,\n\nStepsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"<\n\x11LoadStateResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position2\xa7\x01\n\x0cStateService\x12I\n\x08GetState\x12\x1c.optserve.v1.GetStateRequest\x1a\x1d.optserve.v1.GetStateResponse0\x01\x12L\n\tLoadState\x12\x1d.optserve.v1.LoadStateRequest\x1a\x1e.optserve.v1.LoadStateResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optserve/v1/state.proto\x12\x0boptserve.v1\x1a\x17optserve/v1/types.proto\"!\n\x0fGetStateRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x99\x01\n\x10GetStateResponse\x12(\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x17.optserve.v1.StateBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\xa4\x02\n\nStateBegin\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position\x12\"\n\x06groups\x18\x02 \x03(\x0b\x32\x12.optserve.v1.Group\x12\x31\n\x05steps\x18\x03 \x03(\x0b\x32\".optserve.v1.StateBegin.StepsEntry\x12)\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x18.optserve.v1.BundleEntry\x12\x14\n\x0c\x62undle_bytes\x18\x05 \x01(\x04\x12\x10\n\x08has_step\x18\x06 \x01(\x08\x12\x15\n\rinteger_steps\x18\x07 \x01(\x08\x1a,\n\nStepsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9d\x01\n\x10LoadStateRequest\x12,\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1b.optserve.v1.LoadStateBeginH\x00\x12%\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x16.optserve.v1.StreamEndH\x00\x12)\n\x05\x63hunk\x18\x0f \x01(\x0b\x32\x18.optserve.v1.TensorChunkH\x00\x42\t\n\x07\x63ontent\"\xa4\x02\n\x0eLoadStateBegin\x12\'\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x19.optserve.v1.CallIdentity\x12\"\n\x06groups\x18\x02 \x03(\x0b\x32\x12.optserve.v1.Group\x12\x35\n\x05steps\x18\x03 \x03(\x0b\x32&.optserve.v1.LoadStateBegin.StepsEntry\x12)\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x18.optserve.v1.BundleEntry\x12\x14\n\x0c\x62undle_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07partial\x18\x06 \x01(\x08\x12\x0e\n\x06loaded\x18\x07 \x03(\t\x1a,\n\nStepsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"<\n\x11LoadStateResponse\x12\'\n\x08position\x18\x01 \x01(\x0b\x32\x15.optserve.v1.Position2\xa7\x01\n\x0cStateService\x12I\n\x08GetState\x12\x1c.optserve.v1.GetStateRequest\x1a\x1d.optserve.v1.GetStateResponse0\x01\x12L\n\tLoadState\x12\x1d.optserve.v1.LoadStateRequest\x1a\x1e.optserve.v1.LoadStateResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,17 +41,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATERESPONSE']._serialized_start=101
   _globals['_GETSTATERESPONSE']._serialized_end=254
   _globals['_STATEBEGIN']._serialized_start=257
-  _globals['_STATEBEGIN']._serialized_end=526
-  _globals['_STATEBEGIN_STEPSENTRY']._serialized_start=482
-  _globals['_STATEBEGIN_STEPSENTRY']._serialized_end=526
-  _globals['_LOADSTATEREQUEST']._serialized_start=529
-  _globals['_LOADSTATEREQUEST']._serialized_end=686
-  _globals['_LOADSTATEBEGIN']._serialized_start=689
-  _globals['_LOADSTATEBEGIN']._serialized_end=948
-  _globals['_LOADSTATEBEGIN_STEPSENTRY']._serialized_start=482
-  _globals['_LOADSTATEBEGIN_STEPSENTRY']._serialized_end=526
-  _globals['_LOADSTATERESPONSE']._serialized_start=950
-  _globals['_LOADSTATERESPONSE']._serialized_end=1010
-  _globals['_STATESERVICE']._serialized_start=1013
-  _globals['_STATESERVICE']._serialized_end=1180
+  _globals['_STATEBEGIN']._serialized_end=549
+  _globals['_STATEBEGIN_STEPSENTRY']._serialized_start=505
+  _globals['_STATEBEGIN_STEPSENTRY']._serialized_end=549
+  _globals['_LOADSTATEREQUEST']._serialized_start=552
+  _globals['_LOADSTATEREQUEST']._serialized_end=709
+  _globals['_LOADSTATEBEGIN']._serialized_start=712
+  _globals['_LOADSTATEBEGIN']._serialized_end=1004
+  _globals['_LOADSTATEBEGIN_STEPSENTRY']._serialized_start=505
+  _globals['_LOADSTATEBEGIN_STEPSENTRY']._serialized_end=549
+  _globals['_LOADSTATERESPONSE']._serialized_start=1006
+  _globals['_LOADSTATERESPONSE']._serialized_end=1066
+  _globals['_STATESERVICE']._serialized_start=1069
+  _globals['_STATESERVICE']._serialized_end=1236
 # @@protoc_insertion_point(module_scope)

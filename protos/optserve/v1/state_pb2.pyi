@@ -24,7 +24,7 @@ class GetStateResponse(_message.Message):
     def __init__(self, begin: _Optional[_Union[StateBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class StateBegin(_message.Message):
-    __slots__ = ("position", "groups", "steps", "entries", "bundle_bytes", "has_step")
+    __slots__ = ("position", "groups", "steps", "entries", "bundle_bytes", "has_step", "integer_steps")
     class StepsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -38,13 +38,15 @@ class StateBegin(_message.Message):
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HAS_STEP_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_STEPS_FIELD_NUMBER: _ClassVar[int]
     position: _types_pb2.Position
     groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.Group]
     steps: _containers.ScalarMap[str, float]
     entries: _containers.RepeatedCompositeFieldContainer[_types_pb2.BundleEntry]
     bundle_bytes: int
     has_step: bool
-    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.Group, _Mapping]]] = ..., steps: _Optional[_Mapping[str, float]] = ..., entries: _Optional[_Iterable[_Union[_types_pb2.BundleEntry, _Mapping]]] = ..., bundle_bytes: _Optional[int] = ..., has_step: bool = ...) -> None: ...
+    integer_steps: bool
+    def __init__(self, position: _Optional[_Union[_types_pb2.Position, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.Group, _Mapping]]] = ..., steps: _Optional[_Mapping[str, float]] = ..., entries: _Optional[_Iterable[_Union[_types_pb2.BundleEntry, _Mapping]]] = ..., bundle_bytes: _Optional[int] = ..., has_step: bool = ..., integer_steps: bool = ...) -> None: ...
 
 class LoadStateRequest(_message.Message):
     __slots__ = ("begin", "end", "chunk")
@@ -57,7 +59,7 @@ class LoadStateRequest(_message.Message):
     def __init__(self, begin: _Optional[_Union[LoadStateBegin, _Mapping]] = ..., end: _Optional[_Union[_types_pb2.StreamEnd, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class LoadStateBegin(_message.Message):
-    __slots__ = ("call", "groups", "steps", "entries", "bundle_bytes")
+    __slots__ = ("call", "groups", "steps", "entries", "bundle_bytes", "partial", "loaded")
     class StepsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -70,12 +72,16 @@ class LoadStateBegin(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
     call: _types_pb2.CallIdentity
     groups: _containers.RepeatedCompositeFieldContainer[_types_pb2.Group]
     steps: _containers.ScalarMap[str, float]
     entries: _containers.RepeatedCompositeFieldContainer[_types_pb2.BundleEntry]
     bundle_bytes: int
-    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.Group, _Mapping]]] = ..., steps: _Optional[_Mapping[str, float]] = ..., entries: _Optional[_Iterable[_Union[_types_pb2.BundleEntry, _Mapping]]] = ..., bundle_bytes: _Optional[int] = ...) -> None: ...
+    partial: bool
+    loaded: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, call: _Optional[_Union[_types_pb2.CallIdentity, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[_types_pb2.Group, _Mapping]]] = ..., steps: _Optional[_Mapping[str, float]] = ..., entries: _Optional[_Iterable[_Union[_types_pb2.BundleEntry, _Mapping]]] = ..., bundle_bytes: _Optional[int] = ..., partial: bool = ..., loaded: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LoadStateResponse(_message.Message):
     __slots__ = ("position",)

@@ -58,6 +58,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_INSECURE_ADDRESS: _ClassVar[ErrorReason]
     ERROR_REASON_MISSING_FUNCTION: _ClassVar[ErrorReason]
     ERROR_REASON_UNSUPPORTED_PARAMETER: _ClassVar[ErrorReason]
+    ERROR_REASON_UNSUPPORTED_GRADIENT: _ClassVar[ErrorReason]
+    ERROR_REASON_STALE_LAYOUT: _ClassVar[ErrorReason]
 
 class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -117,6 +119,8 @@ ERROR_REASON_ADDRESS_IN_USE: ErrorReason
 ERROR_REASON_INSECURE_ADDRESS: ErrorReason
 ERROR_REASON_MISSING_FUNCTION: ErrorReason
 ERROR_REASON_UNSUPPORTED_PARAMETER: ErrorReason
+ERROR_REASON_UNSUPPORTED_GRADIENT: ErrorReason
+ERROR_REASON_STALE_LAYOUT: ErrorReason
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
@@ -245,16 +249,18 @@ class Placement(_message.Message):
     def __init__(self, array_id: _Optional[int] = ..., begin: _Optional[int] = ..., end: _Optional[int] = ..., endpoint: _Optional[str] = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("layout_version", "parameters", "arrays", "placements")
+    __slots__ = ("layout_version", "parameters", "arrays", "placements", "base_version")
     LAYOUT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ARRAYS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     layout_version: int
     parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
     arrays: _containers.RepeatedCompositeFieldContainer[FlatArray]
     placements: _containers.RepeatedCompositeFieldContainer[Placement]
-    def __init__(self, layout_version: _Optional[int] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., arrays: _Optional[_Iterable[_Union[FlatArray, _Mapping]]] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ...) -> None: ...
+    base_version: int
+    def __init__(self, layout_version: _Optional[int] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., arrays: _Optional[_Iterable[_Union[FlatArray, _Mapping]]] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., base_version: _Optional[int] = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("hyperparameters", "parameters")
@@ -306,6 +312,24 @@ class TensorChunk(_message.Message):
     padding: bytes
     data: bytes
     def __init__(self, array_id: _Optional[int] = ..., offset: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Rows(_message.Message):
+    __slots__ = ("parameter", "deltas")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    parameter: int
+    deltas: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, parameter: _Optional[int] = ..., deltas: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RowsEntry(_message.Message):
+    __slots__ = ("parameter", "count", "dtype")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    parameter: int
+    count: int
+    dtype: DataType
+    def __init__(self, parameter: _Optional[int] = ..., count: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
 
 class StreamEnd(_message.Message):
     __slots__ = ()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from optserve.v1 import types_pb2 as pb
 from optserve.wire import dtypes
 from optserve.wire.chunks import CHUNK_BYTES, Chunk, Coverage
-from optserve.wire.errors import IncompleteStreamError, InvalidArgumentError, InvalidChunkError
+from optserve.wire.errors import IncompleteStreamError, InvalidArgumentError, InvalidChunkError, OutOfMemoryError
 
 _ALIGNMENT = 64
 
@@ -53,7 +53,7 @@ class Receiver:
     """Puts a bundle's chunks together and hands out its tensors as views."""
 
     def __init__(self, entries: Sequence[pb.BundleEntry], nbytes: int, limit: int) -> None:
-        """InvalidArgumentError if the bundle is larger than `limit` bytes, or an entry does not fit into it."""
+        """InvalidArgumentError if the bundle is larger than `limit` bytes, or an entry does not fit in. OutOfMemoryError."""
         if nbytes > limit:
             raise InvalidArgumentError(f"the bundle has {nbytes} bytes; at most {limit} fit the job's parameters and state")
         for entry in entries:
@@ -62,7 +62,10 @@ class Receiver:
             if entry.offset % _ALIGNMENT or entry.offset + size > nbytes:
                 raise InvalidArgumentError(f"{what} does not fit the bundle of {nbytes} bytes")
         self._entries = entries
-        self._buffer = np.zeros(nbytes, np.uint8)
+        try:
+            self._buffer = np.zeros(nbytes, np.uint8)
+        except MemoryError as error:
+            raise OutOfMemoryError(f"no memory for a bundle of {nbytes} bytes") from error
         self._coverage = Coverage("the bundle", nbytes)
 
     def add(self, chunk: Chunk) -> None:

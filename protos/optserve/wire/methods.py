@@ -13,6 +13,7 @@ from optserve.v1 import (
     data_pb2,
     jobs_pb2,
     optimizer_pb2,
+    parameters_pb2,
     server_pb2,
     state_pb2,
     workers_pb2,
@@ -22,7 +23,7 @@ from optserve.wire.chunks import Chunk, encode
 Item = Message | Chunk
 """What passes on a stream."""
 
-FILES = (jobs_pb2, workers_pb2, data_pb2, optimizer_pb2, state_pb2, checkpoints_pb2, server_pb2)
+FILES = (jobs_pb2, workers_pb2, data_pb2, optimizer_pb2, parameters_pb2, state_pb2, checkpoints_pb2, server_pb2)
 """The generated modules that define services."""
 
 

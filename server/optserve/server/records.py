@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from optserve.v1 import jobs_pb2
 from optserve.v1 import types_pb2 as pb
 from optserve.wire.arguments import Factors, ScheduleValue
+from optserve.wire.rows import Sums
 from optserve.wire.values import Value
 
 Arrays = Mapping[int, npt.NDArray[np.generic]]
@@ -68,6 +70,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """What happens to the averaged gradient before the optimizer steps with it. At most one of the clip rules is set.
+
+    `accumulation`: the optimizer steps with the mean of so many rounds.
+    """
+
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    accumulation: int = 1
+
+    def to_proto(self) -> jobs_pb2.StepRules:
+        return jobs_pb2.StepRules(**asdict(self))
+
+
+@dataclass(frozen=True)
 class Initialized:
     """The creator's values are in the store."""
 
@@ -108,6 +125,41 @@ class GroupUpdated:
 
 
 @dataclass(frozen=True)
+class RulesUpdated:
+    """The rules, all of them, as they are after the edit."""
+
+    caller: Caller
+    rules: Rules
+
+
+@dataclass(frozen=True)
+class ParameterRenamed:
+    """A parameter has another name; its value and state stay."""
+
+    caller: Caller
+    name: str
+    new_name: str
+
+
+@dataclass(frozen=True)
+class ParameterReplaced:
+    """A parameter has another value, perhaps of another shape and dtype; its state begins again unless it is kept."""
+
+    caller: Caller
+    name: str
+    value: npt.NDArray[np.generic]
+    keep_state: bool
+
+
+@dataclass(frozen=True)
+class ParameterRemoved:
+    """A parameter is gone, with its state."""
+
+    caller: Caller
+    name: str
+
+
+@dataclass(frozen=True)
 class ScheduleSet:
     """Another schedule, or none (name empty)."""
 
@@ -141,12 +193,16 @@ class ScheduleLoaded:
 
 @dataclass(frozen=True)
 class StateLoaded:
-    """Optimizer state and groups replaced by a state_dict's; parameters stay."""
+    """Optimizer state and groups replaced by a state_dict's; parameters stay.
+
+    `loaded`: the names of the parameters whose state is replaced, None: of all.
+    """
 
     caller: Caller
     groups: Sequence[Mapping[str, Value]]
     steps: Mapping[str, int]
     state: Mapping[str, npt.NDArray[np.generic]]
+    loaded: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,8 +228,9 @@ class CheckpointDeleted:
 class Decision:
     """What a round does, decided once. With the aggregate it is all that its application needs.
 
-    `scale` is 1/Σ(w/w₀): the aggregate times it is the weighted mean. `absent` are the parameters that no rank sent. `changes`
-    hold from this round's step on, and if there is no step all the same.
+    The aggregate times `scale` is what the optimizer steps with: the weighted mean, unscaled and clipped in norm; its elements
+    are then clipped to `clip_value`. `absent` are the parameters that have no gradient. `grad_norm` is the mean's before it was
+    clipped. `changes` hold from this round's step on, and if there is no step all the same.
     """
 
     ranks: tuple[int, ...]
@@ -183,19 +240,35 @@ class Decision:
     skip_reason: str
     metrics: Mapping[str, float]
     changes: Changes = field(default_factory=dict)
+    clip_factor: float = 1.0
+    """What `scale` holds of clipping in norm."""
+    clip_value: float | None = None
+    accumulated: int = 0
+    """Not 0: the aggregate is the sum of so many rounds, and is kept for a later round's step."""
+    evaluations: int = 0
+    """Of the ranks' closures."""
 
     @property
     def skipped(self) -> bool:
         return bool(self.skip_reason)
 
+    @property
+    def steps(self) -> bool:
+        return not (self.skip_reason or self.accumulated)
+
 
 @dataclass(frozen=True)
 class RoundApplied:
-    """A decided round: in `async` one push. `callers` are the pushes that it answers."""
+    """A decided round: in `async` one push. `callers` are the pushes that it answers.
+
+    `gradients` are the aggregate, with what earlier rounds of the window have summed up. `outcome` is what a search has come
+    to, in the store's own terms: then it counts, and the gradients do not.
+    """
 
     callers: tuple[Caller, ...]
     decision: Decision
-    gradients: Arrays
+    gradients: Sums
+    outcome: Mapping[str, npt.NDArray[np.generic]] | None = None
 
 
 Record = (
@@ -204,6 +277,10 @@ Record = (
     | Left
     | GroupAdded
     | GroupUpdated
+    | RulesUpdated
+    | ParameterRenamed
+    | ParameterReplaced
+    | ParameterRemoved
     | ScheduleSet
     | ScheduleStepped
     | ScheduleLoaded

@@ -74,3 +74,20 @@ def test_what_is_the_same_memory_needs_no_publishing(backend: Backend, monkeypat
     weights = np.ones(10, np.float32)
     monkeypatch.setattr(type(backend), "write", lambda *_: pytest.fail("it was copied onto itself"))
     backend.publish(weights[2:5], weights[2:5])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_rows_are_taken_and_put_where_they_belong(dtype: Any, backend: Backend) -> None:
+    source = np.random.default_rng(0).normal(size=(9, 5)).astype(dtype)
+    ids, into, home, weights = np.array([7, 0, 3]), np.zeros((3, 5), dtype), source.copy(), source.copy()
+    backend.take_rows(source, ids, into)
+    assert into.tobytes() == source[ids].tobytes()
+    backend.put_rows(into[::-1].copy(), ids, home)
+    backend.publish_rows(into[::-1].copy(), ids, weights)
+    expected = source.copy()
+    expected[ids] = source[ids[::-1]]
+    assert home.tobytes() == weights.tobytes() == expected.tobytes()
+    for shape, some in (((9, 0), ids), ((9, 5), ids[:0])):  # rows of nothing, and no rows
+        backend.take_rows(source[:, : shape[1]].copy(), some, np.zeros((len(some), shape[1]), dtype))
+        backend.put_rows(np.zeros((len(some), shape[1]), dtype), some, home[:, : shape[1]].copy())
+    assert home.tobytes() == expected.tobytes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +12,8 @@ import torch
 
 from optserve.server.formulas import blocks, find
 from optserve.server.formulas.muon import orthogonalised, round_to_bfloat16
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 SHAPES = [(3, 4), (40, 17), (17, 40), (20, 20), (1, 1), (7, 1), (0, 5)]
 OPTIONS: list[dict[str, Any]] = [
@@ -23,15 +25,6 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 COEFFICIENTS = find("muon").defaults["ns_coefficients"]
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two libraries' threads wait for each other's cores: a hundred small products then take seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_torch(options: Mapping[str, Any], start: np.ndarray, descend: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:

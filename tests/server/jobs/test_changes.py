@@ -27,6 +27,7 @@ from optserve.server.records import (
     ScheduleStepped,
 )
 from optserve.v1 import jobs_pb2, types_pb2
+from optserve.wire.rows import Sums
 from optserve.wire.values import Value, to_hyperparameters
 
 CALLER = Caller("s", 1, 1, "")
@@ -47,7 +48,7 @@ def job() -> Job:
 
 def round_of(job: Job, changes: Changes | None = None, skip_reason: str = "") -> RoundApplied:
     flats = {array_id: np.ones_like(flat) for array_id, flat in job.store.accumulators().items()}
-    return RoundApplied((CALLER,), Decision((0,), 1.0, frozenset(), 1.0, skip_reason, {}, changes or {}), flats)
+    return RoundApplied((CALLER,), Decision((0,), 1.0, frozenset(), 1.0, skip_reason, {}, changes or {}), Sums(flats, {}))
 
 
 def group(job: Job, **changes: Value) -> Mapping[str, Value]:

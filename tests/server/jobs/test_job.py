@@ -2,91 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from recorded_jobs import PARAMETERS, caller, contents, new_job, round_of
 
 from optserve.server.backends import select
 from optserve.server.jobs import Job
-from optserve.server.jobs import spec as specs
 from optserve.server.records import (
-    Caller,
     CheckpointDeleted,
-    Decision,
     GroupAdded,
     GroupUpdated,
     Initialized,
     Joined,
     Left,
-    Record,
     Restored,
-    RoundApplied,
     ScheduleSet,
     ScheduleStepped,
     StateLoaded,
 )
-from optserve.v1 import jobs_pb2, types_pb2
-from optserve.wire import dtypes, errors
-from optserve.wire.values import to_hyperparameters
-
-PARAMETERS: list[dict[str, Any]] = [
-    {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "h": np.ones(5, ml_dtypes.bfloat16)},
-    {"d": np.full((2, 2), 0.5), "s": np.array(3.0, np.float32)},
-]
-
-
-def new_job(optimizer: str = "adam", **defaults: Any) -> Job:
-    groups = [
-        jobs_pb2.GroupSpec(
-            parameters=[
-                types_pb2.Parameter(name=name, shape=value.shape, dtype=dtypes.to_wire(value.dtype))
-                for name, value in entry.items()
-            ]
-        )
-        for entry in PARAMETERS
-    ]
-    settings = {"lr": 0.1, **({"amsgrad": True} if optimizer == "adam" else {}), **defaults}
-    spec = jobs_pb2.JobSpec(name="j", optimizer=optimizer, groups=groups, workers=2, defaults=to_hyperparameters(settings))
-    job = Job("id", specs.plan(spec), select("numpy"), "first")
-    for entry in PARAMETERS:
-        job.store.set_values(entry)
-    return job
-
-
-def caller(seq: int, session: str = "s", epoch: int = 1) -> Caller:
-    return Caller(session, epoch, seq, f"content{seq}")
-
-
-def round_of(job: Job, seed: int, seq: int, absent: frozenset[int] = frozenset(), skip: str = "") -> RoundApplied:
-    bits = np.random.default_rng(seed)
-    flats = job.store.accumulators()
-    for place in job.store.layout.places:
-        flat = flats[place.array_id]
-        flat[place.offset : place.offset + place.size] = bits.normal(size=place.size)
-    decision = Decision((0, 1), 0.5, absent, 1.5, skip, {"loss": float(seed)})
-    return RoundApplied((caller(seq, "s"), caller(seq, "t")), decision, flats)
-
-
-def contents(job: Job) -> dict[str, Any]:
-    """Everything of a job, tensors as bytes."""
-    exported = job.store.export()
-    tensors = {
-        f"{kind}:{key}": array.tobytes() for kind in ("values", "state") for key, array in getattr(exported, kind).items()
-    }
-    return {"document": job.to_document(exported.steps), **tensors}
-
-
-def same(one: Job, other: Job) -> None:
-    left, right = contents(one), contents(other)
-    assert left["document"] == right["document"]
-    assert left == right
+from optserve.wire import errors
 
 
 def test_initialized_lets_the_job_begin() -> None:
@@ -159,7 +97,16 @@ def test_a_round_is_a_step_and_a_skipped_one_is_not() -> None:
     }
     result = job.apply(round_of(job, 1, 2))
     assert (result.position.version, result.position.step) == (3, 1)
-    assert result.value == {"learning_rates": [0.1, 0.1], "grad_norm": 1.5, "skip_reason": "", "ranks": [0, 1]}
+    assert result.value == {
+        "learning_rates": [0.1, 0.1],
+        "grad_norm": 1.5,
+        "clip_factor": 1.0,
+        "skip_reason": "",
+        "ranks": [0, 1],
+        "accumulated": 0,
+        "evaluations": 0,
+        "metrics": {"loss": 1.0},
+    }
     assert job.metrics == {"loss": 1.0}
     assert job.sessions.results["s"][1] == job.sessions.results["t"][1] == result
 
@@ -225,115 +172,6 @@ def test_checkpoint_deleted_stores_the_result() -> None:
     assert job.sessions.repeated(caller(1)) == result
 
 
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "StepLR": {"step_size": 2, "gamma": 0.5},
-    "CosineAnnealingLR": {"T_max": 5},
-    "SequentialLR": {"schedulers": [("LinearLR", {"total_iters": 3}), ("ExponentialLR", {"gamma": 0.9})], "milestones": [2]},
-    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 2, "mode": "triangular2"},
-    "ReduceLROnPlateau": {"patience": 0, "min_lr": 1e-3},
-    "": {},
-}
-EDITS = st.one_of(
-    st.tuples(st.just("round"), st.integers(0, 99), st.sets(st.integers(0, 3), max_size=4), st.booleans()),
-    st.tuples(st.just("lr"), st.integers(0, 1), st.floats(0.001, 1)),
-    st.tuples(st.just("schedule"), st.sampled_from(list(ARGUMENTS))),
-    st.tuples(st.just("step")),
-    st.tuples(st.just("join"), st.sampled_from(["a", "b"]), st.integers(0, 1)),
-    st.tuples(st.just("leave"), st.sampled_from(["a", "b"])),
-    st.tuples(st.just("add")),
-    st.tuples(st.just("save")),
-    st.tuples(st.just("restore")),
-    st.tuples(st.just("load")),
-)
-
-
-class History:
-    """Turns drawn edits into the records that the job allows, applying each."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.seq, self.records, self.saved = job, 0, [Initialized()], None
-        job.apply(self.records[0])
-
-    def edit(self, edit: tuple[Any, ...]) -> None:
-        self.seq += 1
-        record = self.record(*edit)
-        if record is not None:
-            self.records.append(copy.deepcopy(record))
-            self.job.apply(record)
-
-    def record(self, kind: str, *given_: Any) -> Record | None:
-        job, who = self.job, caller(self.seq)
-        exported = job.store.export()
-        match kind:
-            case "round":
-                seed, absent, skip = given_
-                return round_of(job, seed, self.seq, frozenset(absent), "nonfinite" if skip else "")
-            case "lr":
-                return GroupUpdated(who, given_[0], job.checked_update(given_[0], {"lr": given_[1]}))
-            case "schedule":
-                return ScheduleSet(who, given_[0], ARGUMENTS[given_[0]])
-            case "step" if job.schedule is not None:
-                return ScheduleStepped(who, job.schedule_steps + 1, 0.5 if job.schedule.schedule.takes_metric else None)
-            case "join":
-                epoch = job.sessions.epochs.get(given_[0], 0) + 1
-                return Joined(given_[0], given_[1], f"session{self.seq}", epoch)
-            case "leave" if given_[0] in job.sessions.members:
-                return Left(given_[0])
-            case "add" if len(job.groups) < 4:
-                name = f"added{len(job.groups)}"
-                return GroupAdded(who, dict(job.plan.optimizer.defaults), [(name, np.full(3, 0.5, np.float32))])
-            case "save":
-                self.saved = json.loads(json.dumps(job.to_document(exported.steps))), exported
-            case "restore" if self.saved is not None:
-                document, tensors = self.saved
-                if len(document["groups"]) == len(job.groups):
-                    return Restored(who, f"lineage{self.seq}", document, tensors.values, tensors.state)
-            case "load":
-                state = {key: array for key, array in exported.state.items() if not key.startswith("master/")}
-                return StateLoaded(who, [dict(group) for group in job.groups], exported.steps, state)
-        return None
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@given(edits=st.lists(EDITS, max_size=14))
-def test_any_history_replayed_on_a_second_job_gives_the_same_job(optimizer: str, edits: list[tuple[Any, ...]]) -> None:
-    defaults = {"momentum": 0.9} if optimizer == "sgd" else {}
-    first = new_job(optimizer, **defaults)
-    history = History(first)
-    for edit in edits:
-        history.edit(edit)
-    second = new_job(optimizer, **defaults)
-    for record in history.records:
-        second.apply(record)
-    same(first, second)
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@given(edits=st.lists(EDITS, max_size=14))
-def test_any_job_comes_back_from_its_document(optimizer: str, edits: list[tuple[Any, ...]]) -> None:
-    first = new_job(optimizer, **({"momentum": 0.9} if optimizer == "sgd" else {}))
-    history = History(first)
-    for edit in edits:
-        history.edit(edit)
-    exported = first.store.export()
-    document = json.loads(json.dumps(first.to_document(exported.steps)))
-    second = Job.from_document("id", None, document, exported.values, exported.state, select("numpy"), "next")
-    assert (second.position.version, second.position.step) == (first.position.version, first.position.step)
-    assert second.groups == first.groups
-    assert second.sessions == first.sessions
-    assert second.schedule == first.schedule
-    assert second.schedule_steps == first.schedule_steps
-    assert second.metrics == first.metrics or first.metrics == {}
-    record = round_of(first, 5, history.seq + 1)
-    again = round_of(second, 5, history.seq + 1)
-    first.apply(record)
-    second.apply(again)
-    left, right = contents(first), contents(second)
-    for key, value in left.items():
-        if key != "document":
-            assert right[key] == value, key
-
-
 def test_a_new_job_of_a_document_has_no_members_and_no_past() -> None:
     job = new_job()
     for record in (Initialized(), Joined("a", 0, "s", 1)):
@@ -341,7 +179,7 @@ def test_a_new_job_of_a_document_has_no_members_and_no_past() -> None:
     job.apply(round_of(job, 1, 1))
     exported = job.store.export()
     document = job.to_document(exported.steps)
-    made = Job.from_document("other", "k", document, exported.values, exported.state, select("numpy"), "next")
+    made = Job.from_document("other", "k", document, exported.values, exported.tensors, select("numpy"), "next")
     assert made.name == "k"
     assert not made.sessions.members
     assert made.sessions.last_seq("s") == 0
@@ -384,7 +222,7 @@ def test_a_document_that_does_not_fit_is_a_typed_error(damage: Callable[[dict[st
     document = json.loads(json.dumps(job.to_document(exported.steps)))
     damage(document)
     with pytest.raises(errors.CheckpointMismatchError):
-        Job.from_document("id", None, document, exported.values, exported.state, select("numpy"), "next")
+        Job.from_document("id", None, document, exported.values, exported.tensors, select("numpy"), "next")
 
 
 def test_a_document_of_another_jobs_parameters_is_refused() -> None:

@@ -15,8 +15,9 @@ from every_backend import backend_named
 from optserve.server.durability.journal import NullJournal
 from optserve.server.jobs.sessions import Member
 from optserve.server.records import Caller, Changes
-from optserve.server.rounds.pushes import Done, Push, Resend, Ticket, Waiting
+from optserve.server.rounds.contributions import Push, Trial
 from optserve.server.rounds.registry import Registry, Running
+from optserve.server.rounds.tickets import Done, Resend, Ticket, Waiting
 from optserve.v1 import data_pb2, jobs_pb2, types_pb2
 from optserve.wire import dtypes, errors
 from optserve.wire.chunks import Chunk, array_chunks
@@ -64,25 +65,30 @@ class Rank:
         fingerprint: str = "",
         parameter_count: int | None = None,
         changes: Changes | None = None,
+        **more: Any,
     ) -> Push:
-        """The head of a push of the next sequence number."""
+        """The head of a push of the next sequence number. `more` are other fields of Push."""
         places = self.running.job.store.layout.places
         absent = [place.index for place in places if place.name not in (gradients or {})]
         count = len(places) if parameter_count is None else parameter_count
         caller = Caller(self.member.session_id, self.member.epoch, seq or self.seq + 1, fingerprint)
-        return Push(caller, ("", 0), kind, weight, count, frozenset(absent), dict(metrics or {}), changes=changes or {})
+        own = dict(metrics or {})
+        return Push(caller, ("", 0), kind, weight, count, frozenset(absent), own, changes=changes or {}, **more)
 
-    def chunks(self, gradients: Arrays) -> list[Chunk]:
-        """Every chunk of the gradient, zeros for what is absent."""
+    def chunks(self, gradients: Arrays, kinds: Mapping[int, Any] | None = None) -> list[Chunk]:
+        """Every chunk of the gradient, zeros for what is absent. `kinds`: the dtypes of arrays that have another one here."""
         layout = self.running.job.store.layout
-        flats = {array.array_id: np.zeros(array.length, array.dtype) for array in layout.arrays}
+        dtypes_of = {array.array_id: array.dtype for array in layout.arrays} | (kinds or {})
+        flats = {array.array_id: np.zeros(array.length, dtypes_of[array.array_id]) for array in layout.arrays}
         for place in layout.places:
             if place.name in gradients:
-                place.shaped(flats[place.array_id])[...] = gradients[place.name]
+                reals = np.ascontiguousarray(gradients[place.name]).reshape(-1)
+                reals = reals.view(dtypes.storage_dtype(reals.dtype))
+                flats[place.array_id][place.offset : place.offset + place.size] = reals
         present = [place.index for place in layout.places if place.name in gradients]
         return [
             chunk
-            for array_id, blocks in layout.blocks_of(present).items()
+            for array_id, blocks in layout.blocks_of(present, dtypes_of).items()
             for chunk in array_chunks(array_id, flats[array_id].view(np.uint8).data, blocks)
         ]
 
@@ -93,7 +99,7 @@ class Rank:
         for chunk in chunks:
             self.running.pushes.offer(ticket, chunk, self.alive)
 
-    def finish(self, ticket: Ticket) -> Done | Resend | Waiting:
+    def finish(self, ticket: Ticket) -> Done | Trial | Resend | Waiting:
         """Until there is an outcome other than Waiting."""
         while isinstance(outcome := self.running.pushes.finish(ticket, self.alive), Waiting):
             pass
@@ -101,7 +107,7 @@ class Rank:
             self.seq = max(self.seq, ticket.push.caller.seq)
         return outcome
 
-    def send(self, gradients: Arrays, **head: Any) -> Done | Resend:
+    def send(self, gradients: Arrays, **head: Any) -> Done | Trial | Resend:
         """A whole push."""
         ticket = self.begin(self.push(gradients, **head))
         self.offer(ticket, *self.chunks(gradients))

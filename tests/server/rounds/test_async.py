@@ -134,7 +134,7 @@ def test_a_push_of_nan_is_refused_or_skipped(house: Build) -> None:
     running = house(W, **ASYNC)
     rank = running.join()
     with pytest.raises(errors.NonfiniteGradientError):
-        rank.begin(rank.push({}, kind=data_pb2.CONTRIBUTION_NONFINITE))
+        rank.begin(rank.push({}, kind=data_pb2.CONTRIBUTION_NONFINITE, nonfinite=(0,)))
     running = house(W, **ASYNC, on_nonfinite=jobs_pb2.ON_NONFINITE_SKIP)
     rank = running.join()
     outcome = rank.send({}, kind=data_pb2.CONTRIBUTION_NONFINITE)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from optserve.server.rounds import gather as gather_room
-from optserve.server.rounds.pushes import Done, Resend
+from optserve.server.rounds.tickets import Done, Resend
 from optserve.v1 import data_pb2
 from optserve.wire import dtypes, errors
 from optserve.wire.chunks import CHUNK_BYTES, Chunk
@@ -55,7 +55,7 @@ class Aggregates:
 
     def append(self, record: Any) -> None:
         if hasattr(record, "gradients"):
-            self.records.append((record.decision, {key: array.copy() for key, array in record.gradients.items()}))
+            self.records.append((record.decision, {key: array.copy() for key, array in record.gradients.dense.items()}))
 
 
 def shuffled_round(house: House, gradients: list[Any], weights: list[float], order: random.Random) -> list[Any]:

@@ -231,7 +231,7 @@ def test_a_clients_verdict_of_nan_is_refused_and_the_round_stays_open(house: Bui
     waiting = first.in_thread(lambda: first.send(G))
     until(in_round(running), "the push waits")
     with pytest.raises(errors.NonfiniteGradientError, match="rank 1 'w1'"):
-        second.begin(second.push(G, kind=data_pb2.CONTRIBUTION_NONFINITE))
+        second.begin(second.push(G, kind=data_pb2.CONTRIBUTION_NONFINITE, nonfinite=(0,)))
     assert not waiting.done()
     assert isinstance(second.send(G), Done)
     assert waiting.result(20).result.position.step == 1

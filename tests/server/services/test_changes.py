@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optserve.server.services import decode
+from optserve.server.services import pushing
 from optserve.v1 import data_pb2, optimizer_pb2, types_pb2
 from optserve.wire import errors, reasons
 
@@ -162,7 +162,7 @@ def test_a_repeat_with_other_changes_is_a_conflict(foreign: Any, build: Any, fai
 def test_what_is_kept_of_a_push_to_know_its_repeat_is_short(foreign: Any, build: Any) -> None:
     foreign.ready(W)
     values = tuple(float(number) for number in range(1000))
-    few, many = (decode.push(foreign.begin(G, changes=[change(build, betas=found)])) for found in (values[:2], values))
+    few, many = (pushing.push(foreign.begin(G, changes=[change(build, betas=found)])) for found in (values[:2], values))
     assert len(few.caller.fingerprint) == len(many.caller.fingerprint) == 32
     assert few.caller.fingerprint != many.caller.fingerprint
 

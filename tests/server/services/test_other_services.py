@@ -173,7 +173,7 @@ def test_events_tell_what_happened(job: Any) -> None:
     events = job.jobs.ListEvents(request, timeout=20).events
     assert [event.kind for event in events] == ["initialized", "joined", "round"]
     assert [event.index for event in events] == [1, 2, 3]
-    assert events[-1].fields["loss"] == "0.5"
+    assert dict(events[-1].metrics) == {"loss": 0.5}
     request.after = 3
     request.wait_seconds = 20
     answers: list[Any] = []

@@ -140,7 +140,7 @@ def test_the_room_for_gradients_is_taken_when_the_job_is_made() -> None:
     assert gradient.shape == (length,)
     assert not backend.to_host(gradient).any()
     assert device.used == used
-    assert store.accumulators(held=[0]) == {}
+    assert store.accumulators(wanted=[]) == {}
     store.prepare(groups)
     assert device.used == used, "once"
     store.add_group([("b", (length,), np.dtype(np.float32))])

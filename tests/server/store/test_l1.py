@@ -10,7 +10,7 @@ import oracle
 import pytest
 from oracle import NAMES, Arrays, Build, Configuration, Step, Stock
 
-from optserve.server.formulas import OPTIMIZERS, find
+from optserve.server.formulas import OPTIMIZERS, Searching, find
 
 PENALTY = 0.03
 SHAPES = {"w": (3, 4), "scalar": (), "nothing": (0, 5), "large": (60, 301)}
@@ -18,9 +18,11 @@ STEPS = 8
 
 
 def variants() -> list[Configuration]:
-    """Every optimizer, plain and with what else changes its gradient."""
+    """Every optimizer that takes dense gradients, plain and with what else changes its gradient."""
     found = []
     for optimizer in OPTIMIZERS.values():
+        if optimizer.no_dense or isinstance(optimizer, Searching):
+            continue
         found.append(Configuration(optimizer.name))
         if "maximize" in optimizer.defaults:
             decay = {"weight_decay": 0.1} if "weight_decay" in optimizer.defaults else {}

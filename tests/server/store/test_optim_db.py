@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 from every_backend import GPU
-from oracle import LATER, NAMES, Arrays, Build, Configuration, Step, Stock
+from oracle import APART, NAMES, Arrays, Build, Configuration, Step, Stock
 
 from optserve.server.formulas import OPTIMIZERS, Elementwise
 from optserve.server.store import Store, StoreState
@@ -21,7 +21,7 @@ from optserve.server.store import Store, StoreState
 BFLOAT16 = ml_dtypes.bfloat16
 EPS = float(ml_dtypes.finfo(BFLOAT16).eps)
 STEPS = 100
-CASES = [case for case in oracle.configurations() if case.optimizer not in LATER]
+CASES = [case for case in oracle.configurations() if case.optimizer not in APART]
 HERE = [case for case in CASES if case.optimizer.lower() in OPTIMIZERS]
 DIVIDE_BY_SIZE = frozenset({"Adafactor"})
 """Where torch's own step fails for a parameter without elements."""

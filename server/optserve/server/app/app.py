@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -22,12 +23,14 @@ from optserve.server.durability.archive import SHUTDOWN, Archive
 from optserve.server.durability.checkpoints import Checkpoints
 from optserve.server.durability.journal import NullJournal
 from optserve.server.records import new_id
+from optserve.server.rounds.host import JobHost
 from optserve.server.rounds.registry import Registry
 from optserve.server.services.checkpoints import CheckpointService
 from optserve.server.services.data import DataService
 from optserve.server.services.folders import Folders
 from optserve.server.services.jobs import JobService
 from optserve.server.services.optimizer import OptimizerService
+from optserve.server.services.parameters import ParameterService
 from optserve.server.services.server import ServerService
 from optserve.server.services.state import StateService
 from optserve.server.services.workers import WorkerService
@@ -55,20 +58,22 @@ OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
 )
 _WAITING = {"Join", "GetJob", "WaitForVersion", "ListEvents", "Push"}
-_BULK = {"InitializeJob", "CreateJobFromCheckpoint", "Pull", "AddGroup", "GetState", "LoadState"}
+_BULK = {"InitializeJob", "CreateJobFromCheckpoint", "Pull", "AddGroup", "ReplaceParameter", "GetState", "LoadState"}
 
 
 class App:
     """A server in this process. `handlers` are its RPCs by path, for calls in process."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Recovers the jobs of the data dir. InsecureAddressError, StorageError, MissingExtraError."""
+        """Recovers the jobs of the data dir. InsecureAddressError, InvalidArgumentError, StorageError, MissingExtraError."""
         check_address(config)
+        self._check_curves(config)
         self.config = config
         self.backend = backends.select(config.backend, config.owns_process)
         self._held = ExitStack()  # closed last to first: the address file, the pools, the data dir
-        self.registry = Registry(self.backend, lambda _: NullJournal())
         try:
+            self._lock_data_dir()
+            self.registry = Registry(self.backend, lambda _: NullJournal(), watch=self._watch())
             self._archive = self._recovered()
         except BaseException:
             self._held.close()
@@ -81,10 +86,30 @@ class App:
         self._health: health.HealthServicer | None = None
         self._stopped = False
 
-    def _recovered(self) -> Archive:
-        """The archive, once its jobs are in the registry."""
+    @staticmethod
+    def _check_curves(config: ServerConfig) -> None:
+        if config.curves_folder is not None and importlib.util.find_spec("tensorboardX") is None:
+            raise errors.MissingExtraError(
+                'TensorBoard files need tensorboardX: pip install "optserve[tensorboard]"', extra="tensorboard"
+            )
+
+    def _lock_data_dir(self) -> None:
         if self.config.data_dir is not None and (descriptor := lock(self.config.data_dir)) is not None:
             self._held.callback(os.close, descriptor)
+
+    def _watch(self) -> Callable[[JobHost], None]:
+        """Who hears of every job's rounds."""
+        folder = self.config.curves_folder
+        if folder is None:
+            return lambda _: None
+        from optserve.server.metrics import Curves  # tensorboardX is an extra, and imports torch where that is
+
+        curves = Curves(folder)
+        self._held.callback(curves.close)
+        return curves.watch
+
+    def _recovered(self) -> Archive:
+        """The archive, once its jobs are in the registry."""
         storage = MemoryStorage() if self.config.data_dir is None else DiskStorage(self.config.data_dir)
         archive = Archive(Checkpoints(storage))
         for job in archive.recover(self.backend):
@@ -100,6 +125,7 @@ class App:
             "WorkerService": WorkerService(self.registry, self._folders),
             "DataService": self._data,
             "OptimizerService": OptimizerService(self.registry),
+            "ParameterService": ParameterService(self.registry),
             "StateService": StateService(self.registry),
             "CheckpointService": CheckpointService(self.registry, self._archive, self._folders),
             "ServerService": ServerService(

@@ -13,7 +13,8 @@ from optserve.wire import errors
 class ServerConfig:
     """How a server runs. `address` None: in process only, nothing listens. `host:0` takes a free port.
 
-    `owns_process`: there is nothing else in the process, which may end with a GPU that breaks.
+    `owns_process`: there is nothing else in the process, which may end with a GPU that breaks. `tensorboard`: event files of
+    the jobs' rounds are written under the data dir.
     """
 
     address: str | None = "127.0.0.1:50051"
@@ -23,6 +24,16 @@ class ServerConfig:
     max_streams: int = 256
     insecure: bool = False
     owns_process: bool = False
+    tensorboard: bool = False
+
+    @property
+    def curves_folder(self) -> Path | None:
+        """Where TensorBoard files go, None: nowhere. InvalidArgumentError without a data dir."""
+        if not self.tensorboard:
+            return None
+        if self.data_dir is None:
+            raise errors.InvalidArgumentError("TensorBoard files are asked for without a data dir to lie in: say --data-dir")
+        return self.data_dir / "tensorboard"
 
 
 def check_address(config: ServerConfig) -> None:

@@ -30,6 +30,8 @@ def start_line(app: App) -> str:
     else:
         jobs = len(app.registry.all())
         parts.append(f"data dir {app.config.data_dir}: {jobs} {'job' if jobs == 1 else 'jobs'} continued")
+        if app.config.curves_folder is not None:
+            parts.append(f"TensorBoard files in {app.config.curves_folder}")
         parts.append("state is in memory: a kill loses what came after the last checkpoint, a stop saves one")
     return "\n  ".join(parts)
 

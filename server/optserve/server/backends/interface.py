@@ -89,6 +89,15 @@ class Backend(Protocol):
         """Brings host memory up to date with what was computed: with masters, which are narrowed if the weights have 16 bits,
         or with the twin of 16-bit weights in state memory. Nothing is done where both are the same memory."""
 
+    def take_rows(self, source: Array, ids: Array, into: Array) -> None:
+        """`into[i] = source[ids[i]]`. All are state memory: matrices of equal rows, and int64 numbers of rows that exist."""
+
+    def put_rows(self, values: Array, ids: Array, into: Array) -> None:
+        """`into[ids[i]] = values[i]`, likewise; no number comes twice."""
+
+    def publish_rows(self, source: Array, ids: npt.NDArray[np.int64], weights: Array) -> None:
+        """`weights[ids[i]] = source[i]`, where the weights are host memory of the same dtype, and so are the ids."""
+
     def run(self, work: Callable[[], Result], compiles: bool = False) -> Result:
         """Does work that uses `xp`, where and in the order in which this backend's own calls are done.
 

@@ -42,7 +42,7 @@ class Archive:
                 return found
         newest = max((info.time_seconds for info in self.checkpoints.list(job_id)), default=0.0)
         now = max(time.time(), newest + 1e-3)  # a clock that was set back must not make it look older than the others
-        content = Content(document, tensors.values, tensors.state)
+        content = Content(document, tensors.values, tensors.tensors)
         try:
             return self.checkpoints.save(job_id, name, content, now, replace=replace)
         except errors.CheckpointExistsError:  # another call was faster

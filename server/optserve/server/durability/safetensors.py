@@ -32,6 +32,7 @@ DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "C64": np.dtype(np.complex64),
+    "I64": np.dtype(np.int64),
 }
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 
@@ -72,7 +73,8 @@ def write(sink: Sink, tensors: Mapping[str, Array]) -> None:
         array = tensors[name]
         if name == _METADATA:
             raise InvalidNameError(f"a parameter named {name!r} cannot be saved: safetensors reserves that name")
-        dtypes.to_wire(array.dtype, name)
+        if array.dtype != np.int64:  # row numbers, which no parameter can be
+            dtypes.to_wire(array.dtype, name)
         begin, end = end, end + array.nbytes
         letters, shape = _stored(array)
         header[name] = {"dtype": letters, "shape": shape, "data_offsets": [begin, end]}

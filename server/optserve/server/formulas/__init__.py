@@ -9,10 +9,11 @@ from optserve.server.formulas.adam import ADAM
 from optserve.server.formulas.adamax import ADAMAX
 from optserve.server.formulas.adamw import ADAMW
 from optserve.server.formulas.asgd import ASGD
-from optserve.server.formulas.definition import Elementwise, Group, Optimizer, Tensorwise
+from optserve.server.formulas.definition import Elementwise, Group, Optimizer, Searching, Tensorwise
 from optserve.server.formulas.lamb import LAMB
 from optserve.server.formulas.language import FormulaError
 from optserve.server.formulas.lars import LARS
+from optserve.server.formulas.lbfgs import LBFGS
 from optserve.server.formulas.lion import LION
 from optserve.server.formulas.muon import MUON
 from optserve.server.formulas.nadam import NADAM
@@ -20,8 +21,9 @@ from optserve.server.formulas.radam import RADAM
 from optserve.server.formulas.rmsprop import RMSPROP
 from optserve.server.formulas.rprop import RPROP
 from optserve.server.formulas.sgd import SGD
+from optserve.server.formulas.sparse_adam import SPARSE_ADAM
 
-__all__ = ["OPTIMIZERS", "Elementwise", "FormulaError", "Group", "Optimizer", "Tensorwise", "find"]
+__all__ = ["OPTIMIZERS", "Elementwise", "FormulaError", "Group", "Optimizer", "Searching", "Tensorwise", "find"]
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adadelta": ADADELTA,
@@ -33,6 +35,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "asgd": ASGD,
     "lamb": LAMB,
     "lars": LARS,
+    "lbfgs": LBFGS,
     "lion": LION,
     "muon": MUON,
     "nadam": NADAM,
@@ -40,6 +43,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "rmsprop": RMSPROP,
     "rprop": RPROP,
     "sgd": SGD,
+    "sparseadam": SPARSE_ADAM,
 }
 
 

@@ -44,6 +44,13 @@ def options(group: Group) -> dict[str, bool]:
     return {"maximize": group["maximize"], "decays": group["weight_decay"] != 0}
 
 
+def sparse(group: Group) -> bool:
+    """torch's refusal. The step size sinks for all rows alike."""
+    if group["weight_decay"] != 0:
+        raise RuntimeError("weight_decay option is not compatible with sparse gradients")
+    return False
+
+
 def scalars(group: Group, step: int, _: Carried) -> dict[str, float]:
     """The learning rate sinks as steps are counted."""
     lr, lr_decay = float(group["lr"]), float(group["lr_decay"])
@@ -76,6 +83,7 @@ ADAGRAD = Elementwise(
     initial=initial,
     stateful_from_creation=True,
     check=check,
+    sparse=sparse,
     options=options,
     scalars=scalars,
     formula=adagrad,

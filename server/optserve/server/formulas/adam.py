@@ -104,6 +104,7 @@ ADAM = Elementwise(
     defaults=_DEFAULTS,
     slot_keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     check=check,
+    no_sparse="Adam does not support sparse gradients, please consider SparseAdam instead",
     options=options,
     scalars=scalars,
     formula=adam,

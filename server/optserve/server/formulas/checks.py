@@ -97,6 +97,13 @@ def at_least_zero(group: Mapping[str, Any], name: str, message: str) -> None:
         raise ValueError(message.format(value))
 
 
+def above_zero(group: Mapping[str, Any], name: str, message: str) -> None:
+    """The same for one that must not be zero either."""
+    value = number(group, name)
+    if not value > 0.0:
+        raise ValueError(message.format(value))
+
+
 def not_nan(group: Mapping[str, Any], name: str) -> None:
     """ValueError for the NaN that torch lets pass."""
     value = number(group, name)

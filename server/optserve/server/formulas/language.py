@@ -26,6 +26,9 @@ Formula = Callable[..., Any]
 L1 = "l1"
 """Option and scalar of a penalty that every formula takes: λ·|p|, whose slope λ·sign(p) is added to the gradient first."""
 
+CLIP = "clip_grad_value"
+"""Option and scalar of a bound that every formula takes: the gradient is first of all clipped to it, as by clip_grad_value_."""
+
 
 class FormulaError(ValueError):
     """A formula uses something outside the language; the message has the file, the line and its text."""
@@ -103,7 +106,7 @@ _ARITY = {"sqrt": 1, "abs": 1, "sign": 1, "maximum": 2, "minimum": 2, "where": 3
 class _Lowering:
     """One pass over a formula's syntax tree."""
 
-    def __init__(self, formula: Formula, options: Mapping[str, bool], penalised: bool) -> None:
+    def __init__(self, formula: Formula, options: Mapping[str, bool], clipped: bool, penalised: bool) -> None:
         lines, self._first_line = inspect.getsourcelines(formula)
         self._lines = textwrap.dedent("".join(lines)).splitlines()
         self._file = inspect.getsourcefile(formula) or "?"
@@ -116,8 +119,10 @@ class _Lowering:
             raise self._refusal(node, "a formula is a plain undecorated function")
         self.arguments = self._signature(node)
         self._values = {name: name for name in self.arguments}
+        if clipped:
+            self._values["g"] = self._clipped("g")
         if penalised:
-            self._values["g"] = self._emit("add", "g", self._emit("multiply", L1, self._sign("p")))
+            self._values["g"] = self._emit("add", self._values["g"], self._emit("multiply", L1, self._sign("p")))
         body = node.body[1:] if ast.get_docstring(node) is not None else node.body
         self._block(body)
         if self.returned is None:
@@ -135,8 +140,8 @@ class _Lowering:
         if options != set(self._options):
             raise self._refusal(node, f"the options are {sorted(options)}, but {sorted(self._options)} were given")
         names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-        if any(name.startswith("_") or name == L1 for name in names):
-            raise self._refusal(node, f"names do not begin with an underscore, and none is {L1!r}")
+        if any(name.startswith("_") or name in (L1, CLIP) for name in names):
+            raise self._refusal(node, f"names do not begin with an underscore, and none is {L1!r} or {CLIP!r}")
         return names
 
     def _block(self, statements: Sequence[ast.stmt]) -> None:
@@ -227,6 +232,11 @@ class _Lowering:
         wins = self._emit("greater" if name == "maximum" else "less", x, rest[0])
         return self._emit("where", wins, x, self._emit("where", self._emit("not_equal", x, x), x, rest[0]))
 
+    def _clipped(self, x: str) -> str:
+        low = self._emit("negative", CLIP)
+        high = self._emit("where", self._emit("greater", x, CLIP), CLIP, x)
+        return self._emit("where", self._emit("less", x, low), low, high)
+
     def _sign(self, x: str) -> str:
         zero, one, minus_one = self._literal(0.0), self._literal(1.0), self._literal(-1.0)
         negative = self._emit("where", self._emit("less", x, zero), minus_one, x)
@@ -244,10 +254,11 @@ def specialise(formula: Formula, slot_keys: Sequence[str], options: Mapping[str,
     """The formula with its options folded; slots that it then neither reads nor changes are gone, as are unused scalars.
 
     `slot_keys` are the state's names (torch's) of the arguments after the parameter and the gradient. `options` are the
-    formula's own and, where the group may have a penalty, L1. FormulaError if the formula is not in the language.
+    formula's own and, where the gradient may be clipped or the group have a penalty, CLIP and L1. FormulaError if the formula
+    is not in the language.
     """
-    own = {name: chosen for name, chosen in options.items() if name != L1}
-    lowering = _Lowering(formula, own, options.get(L1, False))
+    own = {name: chosen for name, chosen in options.items() if name not in (L1, CLIP)}
+    lowering = _Lowering(formula, own, options.get(CLIP, False), options.get(L1, False))
     arguments, returned = lowering.arguments, lowering.returned or []
     slots = arguments[2 : 2 + len(slot_keys)]
     if arguments[:2] != ["p", "g"] or len(slots) != len(slot_keys) or len(returned) != 1 + len(slots):
@@ -266,7 +277,7 @@ def specialise(formula: Formula, slot_keys: Sequence[str], options: Mapping[str,
     return Program(
         slots=tuple(slots[index] for index in kept),
         slot_keys=tuple(slot_keys[index] for index in kept),
-        scalars=tuple(name for name in (*arguments[2 + len(slot_keys) :], L1) if name in wanted),
+        scalars=tuple(name for name in (*arguments[2 + len(slot_keys) :], L1, CLIP) if name in wanted),
         literals={name: value for name, value in lowering.literals.items() if name in wanted},
         operations=tuple(reversed(live)),
         results=(returned[0], *(returned[1 + index] for index in kept)),

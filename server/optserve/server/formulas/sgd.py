@@ -48,6 +48,16 @@ def options(group: Group) -> dict[str, bool]:
     }
 
 
+def sparse(group: Group) -> bool:
+    """torch's refusal. A row that was touched once moves on with its momentum."""
+    if group["weight_decay"] != 0:
+        decay = group["weight_decay"]
+        raise RuntimeError(
+            f"add(sparse, dense) is not supported. Use add(dense, sparse) instead. (weight_decay is {decay}; it must be 0)"
+        )
+    return bool(group["momentum"] != 0)
+
+
 def scalars(group: Group, step: int, _: Carried) -> dict[str, float]:
     """The first step takes the gradient as it is, dampened by nothing: torch's rule."""
     first = step == 1
@@ -85,6 +95,7 @@ SGD = Elementwise(
     slot_keys=("momentum_buffer",),
     counts_steps=False,
     check=check,
+    sparse=sparse,
     options=options,
     scalars=scalars,
     formula=sgd,

@@ -10,9 +10,11 @@ from google.protobuf import json_format
 
 from optserve.server import schedules
 from optserve.server.formulas.definition import Optimizer
+from optserve.server.jobs import rules
 from optserve.server.jobs import spec as specs
 from optserve.server.jobs.history import History
 from optserve.server.jobs.sessions import Sessions
+from optserve.server.records import Rules
 from optserve.server.schedules import ScheduleState
 from optserve.v1 import jobs_pb2
 from optserve.wire import errors
@@ -38,6 +40,10 @@ class Document:
     metrics: dict[str, float]
     history: History
     sessions: Sessions
+    rules: Rules
+    window_rounds: int
+    layout: tuple[int, int] | None
+    """Version and base version; None in those that do not say."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], expected: Optimizer | None = None) -> Document:
@@ -54,6 +60,7 @@ class Document:
         if schedule is not None:
             _part("schedule", lambda: schedules.check_groups(schedule, len(groups)))
         position: dict[str, Any] = _part("position", lambda: dict(raw["position"]))
+        found_rules = _part("rules", lambda: rules.edited(Rules(), dict(raw.get("rules", {})), optimizer))
         return cls(
             spec,
             optimizer,
@@ -68,6 +75,9 @@ class Document:
             _part("metrics", lambda: {_text(name): float(value) for name, value in raw["metrics"].items()}),
             _part("history", lambda: History.from_document(raw["history"])),
             _part("sessions", lambda: Sessions.from_document(raw["sessions"])),
+            found_rules,
+            _part("window_rounds", lambda: _waiting(raw.get("window_rounds", 0), found_rules)),
+            _part("layout", lambda: _layout(raw.get("layout"))),
         )
 
     def check_fits(self, group_parameters: list[list[str]]) -> None:
@@ -95,6 +105,22 @@ def _group(optimizer: Optimizer, raw: Mapping[str, Any], scheduled: bool) -> dic
     for name, value in group.items():
         to_value(name, value)
     return specs.saved(optimizer, {**optimizer.defaults, **group, "lr": group["lr"]}, scheduled)
+
+
+def _waiting(value: object, found: Rules) -> int:
+    count = _count(value)
+    if count >= found.accumulation:
+        raise ValueError(f"{count} rounds are summed up; a window has {found.accumulation}")
+    return count
+
+
+def _layout(raw: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    if raw is None:
+        return None
+    version, base = _count(raw["version"]), _count(raw["base_version"])
+    if base > version:
+        raise ValueError(f"the base version {base} is beyond the version {version}")
+    return version, base
 
 
 def _text(value: object) -> str:

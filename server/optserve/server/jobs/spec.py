@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from optserve.server.formulas import OPTIMIZERS
+from optserve.server.formulas import OPTIMIZERS, Searching
 from optserve.server.formulas.definition import Optimizer
+from optserve.server.jobs import rules
+from optserve.server.records import Rules
 from optserve.server.schedules import GROUP_KEYS
 from optserve.v1 import jobs_pb2, types_pb2
 from optserve.wire import dtypes, errors
@@ -44,6 +46,7 @@ class Plan:
     optimizer: Optimizer
     groups: list[dict[str, Value]]
     parameters: list[Declared]
+    rules: Rules
 
 
 def check_name(name: str, what: str = "job") -> None:
@@ -110,7 +113,7 @@ def hyperparameters(optimizer: Optimizer, *layers: Mapping[str, Value]) -> dict[
     except (ValueError, TypeError, RuntimeError) as error:
         raise errors.InvalidHyperparameterError(str(error)) from error
     _finite("lr", merged["lr"])
-    return merged
+    return optimizer.complete(merged)
 
 
 def edited(optimizer: Optimizer, group: Mapping[str, Value], changes: Mapping[str, Value]) -> dict[str, Value]:
@@ -136,10 +139,22 @@ def check_table(names: Sequence[str], groups: int = 1) -> None:
         )
 
 
+def check_parameter_name(name: str) -> None:
+    """InvalidNameError for the one name that a safetensors file cannot hold."""
+    if name == "__metadata__":
+        raise errors.InvalidNameError(f"a parameter may not be called {name!r}: safetensors files reserve that name", name=name)
+
+
+def check_groups(optimizer: Optimizer, groups: int) -> None:
+    """InvalidArgumentError, with torch's message, for an optimizer that takes no more than one param group."""
+    if groups > 1 and optimizer.several_groups:
+        raise errors.InvalidArgumentError(optimizer.several_groups)
+
+
 def declared(optimizer: Optimizer, parameters: Sequence[types_pb2.Parameter]) -> Declared:
-    """InvalidNameError for the one name that a safetensors file cannot hold; else as `check_parameters`."""
-    if any(entry.name == "__metadata__" for entry in parameters):
-        raise errors.InvalidNameError("a parameter may not be called '__metadata__': safetensors files reserve that name")
+    """Errors of `check_parameter_name` and `check_parameters`."""
+    for entry in parameters:
+        check_parameter_name(entry.name)
     found = [(entry.name, tuple(entry.shape), dtypes.from_wire(entry.dtype, entry.name)) for entry in parameters]
     check_parameters(optimizer, found)
     return found
@@ -190,10 +205,18 @@ def plan(spec: jobs_pb2.JobSpec) -> Plan:
         if not (math.isfinite(seconds) and seconds > 0):
             raise errors.InvalidArgumentError(f"{name} is {seconds}; it must be a finite number of seconds above 0")
         setattr(full, name, seconds)
+    found_rules = rules.from_proto(spec.rules, optimizer)
+    full.rules.CopyFrom(found_rules.to_proto())
+    if isinstance(optimizer, Searching) and full.consistency == jobs_pb2.CONSISTENCY_ASYNC:
+        raise errors.InvalidArgumentError(
+            f"consistency is 'async'; {optimizer.name} evaluates a closure on all ranks at the same points, so it must be "
+            "'sync'"
+        )
+    check_groups(optimizer, len(spec.groups))
     check_table([entry.name for group in spec.groups for entry in group.parameters], len(spec.groups))
     defaults = from_hyperparameters(spec.defaults)
     groups = [hyperparameters(optimizer, defaults, from_hyperparameters(group.hyperparameters)) for group in spec.groups]
-    return Plan(full, optimizer, groups, [declared(optimizer, group.parameters) for group in spec.groups])
+    return Plan(full, optimizer, groups, [declared(optimizer, group.parameters) for group in spec.groups], found_rules)
 
 
 def differences(found: Plan, wanted: Plan) -> list[str]:
@@ -207,6 +230,10 @@ def differences(found: Plan, wanted: Plan) -> list[str]:
         here, there = getattr(found.spec, field), getattr(wanted.spec, field)
         if here != there:
             texts.append(f"{field} is {names[here]!r}, not {names[there]!r}")
+    for field in asdict(found.rules):
+        here, there = getattr(found.rules, field), getattr(wanted.rules, field)
+        if here != there:
+            texts.append(f"{field} is {here!r}, not {there!r}")
     if len(found.groups) != len(wanted.groups):
         texts.append(f"it has {len(found.groups)} param groups, not {len(wanted.groups)}")
     groups = zip(found.groups, wanted.groups, strict=False) if found.optimizer is wanted.optimizer else ()

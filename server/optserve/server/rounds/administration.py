@@ -1,4 +1,4 @@
-"""Calls on a running job that are no pushes: groups, schedule, state and checkpoints, each applied exactly once."""
+"""Calls on a running job that are no pushes: groups, rules, schedule, state and checkpoints, each applied exactly once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from optserve.server.jobs import Job
 from optserve.server.jobs import spec as specs
 from optserve.server.jobs.history import rolled_back
+from optserve.server.jobs.rules import edited
 from optserve.server.records import (
     Caller,
     CheckpointDeleted,
@@ -14,12 +15,14 @@ from optserve.server.records import (
     GroupUpdated,
     Restored,
     Result,
+    RulesUpdated,
     ScheduleLoaded,
     ScheduleSet,
     ScheduleStepped,
     StateLoaded,
 )
 from optserve.server.rounds.host import JobHost
+from optserve.wire import errors
 from optserve.wire.values import Value
 
 
@@ -36,7 +39,7 @@ class Administration:
     def _job(self) -> Job:
         return self._host.job
 
-    def _admit(self, caller: Caller, seen: tuple[str, int]) -> Result | None:
+    def admit(self, caller: Caller, seen: tuple[str, int]) -> Result | None:
         """The stored result of a call that was applied before. Typed errors if the caller may not call."""
         self._host.check_initialized()
         sessions = self._job.sessions
@@ -48,12 +51,12 @@ class Administration:
         return repeated
 
     def _admit_turn(self, caller: Caller, seen: tuple[str, int], check: Callable[[], list[dict[str, Value]]]) -> Result | None:
-        """`_admit`, and the check of what a schedule will do, which gives the groups after it; all that these need is there.
+        """`admit`, and the check of what a schedule will do, which gives the groups after it; all that these need is there.
 
         A schedule that turns momentum on needs state, so this may wait for readers.
         """
         while True:
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
             if repeated:
                 return repeated
             groups = check()
@@ -61,17 +64,17 @@ class Administration:
                 break
             self._host.await_readers()  # lets the lock go: what was checked may have changed
         if groups is not self._job.groups:
-            self._job.store.prepare(groups)
+            self._host.prepare(groups)
         return None
 
     def update_group(self, caller: Caller, seen: tuple[str, int], group: int, changes: Mapping[str, Value]) -> Result:
         with self._host.changed:
             self._host.await_readers()
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
             if repeated:
                 return repeated
             groups = self._job.edited({group: changes})
-            self._job.store.prepare(groups)
+            self._host.prepare(groups)
             result = self._host.record(GroupUpdated(caller, group, groups[group]))
             self._host.publish_edits({group: changes})
             return result
@@ -79,7 +82,7 @@ class Administration:
     def add_group(self, caller: Caller, seen: tuple[str, int], record: GroupAdded) -> Result:
         with self._host.changed:
             self._host.await_readers()
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
             if repeated:
                 return repeated
             declared = [(name, array.shape, array.dtype) for name, array in record.parameters]
@@ -87,8 +90,25 @@ class Administration:
             specs.check_table([place.name for place in layout.places], len(self._job.groups) + 1)
             self._job.checked_addition(record.hyperparameters)
             result = self._host.commit(record, "group", f"group {len(self._job.groups)} added with {len(declared)} parameters")
-            self._job.store.prepare(self._job.groups)
+            self._host.prepare(self._job.groups)
             return result
+
+    def update_rules(self, caller: Caller, seen: tuple[str, int], changes: Mapping[str, Value]) -> Result:
+        with self._host.changed:
+            repeated = self.admit(caller, seen)
+            if repeated:
+                return repeated
+            job = self._job
+            rules = edited(job.rules, changes, job.plan.optimizer)
+            waiting = job.store.window.rounds
+            if waiting and rules.accumulation != job.rules.accumulation:
+                raise errors.InvalidArgumentError(
+                    f"accumulation is changed to {rules.accumulation} in the middle of a window: {waiting} of "
+                    f"{job.rules.accumulation} rounds are summed up; change it right after a step"
+                )
+            self._host.prepare(job.groups, rules)
+            text = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+            return self._host.commit(RulesUpdated(caller, rules), "rules", f"rules: {text}")
 
     def set_schedule(self, caller: Caller, seen: tuple[str, int], record: ScheduleSet) -> Result:
         with self._host.changed:
@@ -111,7 +131,7 @@ class Administration:
 
     def load_schedule_state(self, caller: Caller, seen: tuple[str, int], record: ScheduleLoaded) -> Result:
         with self._host.changed:
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
             if repeated:
                 return repeated
             self._job.checked_schedule_state(record)
@@ -120,17 +140,17 @@ class Administration:
     def load_state(self, caller: Caller, seen: tuple[str, int], record: StateLoaded) -> Result:
         with self._host.changed:
             self._host.await_readers()
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
             if repeated:
                 return repeated
             self._job.checked_state(record)
-            self._job.store.prepare(record.groups)
+            self._host.prepare(record.groups)
             return self._host.commit(record, "state", "state_dict loaded")
 
     def delete_checkpoint(self, caller: Caller, seen: tuple[str, int], name: str, delete: Callable[[], None]) -> Result:
         """Calls `delete` once, whatever is repeated."""
         with self._host.changed:
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
             if repeated:
                 return repeated
             delete()
@@ -139,13 +159,13 @@ class Administration:
     def restore(self, caller: Caller, seen: tuple[str, int], name: str, read: Callable[[], Restored]) -> Result:
         """Puts the job where a checkpoint stands; a round that gathers ends with RolledBackError."""
         with self._host.changed:
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
         if repeated:
             return repeated
         record = read()  # long: workers go on meanwhile
         with self._host.changed:
             self._host.await_readers()
-            repeated = self._admit(caller, seen)
+            repeated = self.admit(caller, seen)
             if repeated:
                 return repeated
             self._job.store.prepare(self._job.checked_restore(record))

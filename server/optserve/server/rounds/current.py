@@ -1,22 +1,25 @@
-"""The round that gathers: begun, watched, failed, decided and applied. Everything here is guarded by the host's lock."""
+"""The round that gathers: begun, watched, failed, and applied. Everything here is guarded by the host's lock."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import Changes, Decision, RoundApplied
-from optserve.server.rounds.decide import Vote, decide
-from optserve.server.rounds.gather import Contribution, Gather
+from optserve.server.records import Decision, RoundApplied
+from optserve.server.rounds.contributions import Contribution, Push, Trial
+from optserve.server.rounds.events import Round
+from optserve.server.rounds.gather import Gather
 from optserve.server.rounds.host import JobHost
 from optserve.server.rounds.membership import describe
-from optserve.v1 import jobs_pb2
+from optserve.server.rounds.search import Searches
+from optserve.server.rounds.tickets import Resend
+from optserve.server.rounds.verdict import Verdict
+from optserve.v1 import data_pb2, jobs_pb2
 from optserve.wire import errors
-from optserve.wire.values import Value
 
 logger = logging.getLogger("optserve.server")
 
@@ -29,10 +32,12 @@ class CurrentRound:
         self._accumulators: dict[int, npt.NDArray[np.generic]] = {}
         self._dropped: set[str] = set()
         self.gather: Gather | None = None
+        self._searches = Searches()
         self.last_rank: int | None = None
         """Which rank completed the last applied round."""
         host.on_membership = self._membership_changed
         host.on_reset = self._reset
+        host.on_layout = self._layout_changed
 
     @property
     def skips_nonfinite(self) -> bool:
@@ -62,7 +67,7 @@ class CurrentRound:
 
     def add(self, gather: Gather, contribution: Contribution) -> None:
         layout = self._host.job.store.layout
-        gather.add(contribution, layout, self._all_accumulators())
+        gather.add(contribution, layout, self._accumulators_for(contribution))
         self._dropped.discard(contribution.member.session_id)
         if self._host.sync:
             self._expect()
@@ -80,11 +85,12 @@ class CurrentRound:
         self._host.changed.notify_all()
 
     def fail(self, gather: Gather, error: errors.OptserveError) -> None:
-        """Ends a round with an error for all who take part; nothing is applied."""
+        """Ends a round, and the search that it is a part of, with an error for all who take part; nothing is applied."""
         for contribution in gather.contributions.values():
             contribution.error = contribution.error or error
         gather.void = True
         if gather is self.gather:
+            self._searches.drop(error)
             self._detach()
         self._host.changed.notify_all()
 
@@ -93,9 +99,11 @@ class CurrentRound:
             self._accumulators = {}  # a thread still writes into them
         self.gather = None
 
-    def _all_accumulators(self) -> Mapping[int, npt.NDArray[np.generic]]:
-        if len(self._accumulators) < len(self._host.job.store.layout.arrays):
-            self._accumulators = {**self._accumulators, **self._host.job.store.accumulators(self._accumulators)}
+    def _accumulators_for(self, contribution: Contribution) -> Mapping[int, npt.NDArray[np.generic]]:
+        """Of the arrays that any push has had a dense gradient in: an embedding whose gradients are sparse needs none."""
+        lacking = contribution.arrays - self._accumulators.keys() if contribution.folds else frozenset[int]()
+        if lacking:
+            self._accumulators = {**self._accumulators, **self._host.job.store.accumulators(lacking)}
         return self._accumulators
 
     # Policy -------------------------------------------------------------------------------------------------------------------
@@ -146,6 +154,8 @@ class CurrentRound:
         contribution = gather.contributions.get(member.rank)
         if contribution is not None and not contribution.ended:
             self.remove(gather, contribution)
+        if self._searches.current is not None:
+            self._begin_again()
 
     def _expect(self) -> None:
         """Waits for every rank but those that left, and those that the policy has dropped and that are still silent."""
@@ -160,6 +170,9 @@ class CurrentRound:
 
     def _membership_changed(self) -> None:
         """A member came, left or was replaced: what a former one had begun is forgotten, and of one that left half a push."""
+        self._searches.forget(frozenset(member.session_id for member in self._host.job.sessions.members.values()))
+        if self._searches.current is not None:
+            self._begin_again()
         gather = self.gather
         if gather is None or gather.void:
             return
@@ -173,16 +186,78 @@ class CurrentRound:
     def _reset(self, error: errors.OptserveError) -> None:
         if self.gather is not None:
             self.fail(self.gather, error)
+        self._searches.drop(error)
 
-    # Decide and apply ---------------------------------------------------------------------------------------------------------
+    def _layout_changed(self) -> None:
+        """What gathers is of other parameters, or of arrays of another length: it is sent again."""
+        self._begin_again()
+        self._accumulators = {}
+
+    def _begin_again(self) -> None:
+        """Gives up what gathers, and the search that it is a part of: who takes part sends again, or begins its step again."""
+        self._searches.drop()
+        if self.gather is not None:
+            self.gather.void = True
+            self._detach()
+        self._host.changed.notify_all()
+
+    # Searches -----------------------------------------------------------------------------------------------------------------
+
+    def answered(self, member: Member, push: Push) -> Trial | Resend | None:
+        """What a push is answered with that no round waits for; None: it enters the one that gathers.
+
+        Raises what ended the search that it is a part of.
+        """
+        searches = self._searches
+        searches.check_told(push)
+        self._check_search()
+        if push.kind == data_pb2.CONTRIBUTION_ABANDON:
+            raise self._abandoned(member, push)
+        if searches.expects(push):
+            return None
+        unheard = searches.unheard(push)
+        if unheard is not None:
+            return unheard
+        if push.evaluation:
+            return self.resend(push)
+        if searches.current is not None:
+            self._begin_again()
+        return None
+
+    def resend(self, push: Push) -> Resend:
+        """What a push is told whose round was void."""
+        return Resend(self.number, restart=push.evaluation > 0 and not self._searches.expects(push))
+
+    def _check_search(self) -> bool:
+        """Whether nothing has changed since the search began; else it is given up."""
+        search = self._searches.current
+        if search is None or search.version == self._host.job.position.version:
+            return True
+        self._begin_again()
+        return False
+
+    def _abandoned(self, member: Member, push: Push) -> errors.RoundFailedError:
+        """A rank's closure failed: the search ends for all who take part in it."""
+        rank = member.rank
+        text = f"round {self.number}: the closure of {describe(rank, member, True)} failed; nothing was applied"
+        error = errors.RoundFailedError(text, rank=rank)
+        if push.evaluation and self._searches.expects(push):
+            if self.gather is not None:
+                self.fail(self.gather, error)
+            self._searches.drop(error)
+        return error
+
+    # Apply --------------------------------------------------------------------------------------------------------------------
 
     def run(self, gather: Gather, last_rank: int) -> None:
-        """Decides and applies a complete round in the thread that completed it."""
+        """Decides a complete round in the thread that completed it, and applies it, unless the optimizer searches on."""
+        if not self._check_search():
+            return
         pushes = [gather.contributions[rank] for rank in sorted(gather.contributions)]
         number = self.number
         try:
-            record = self._decided(gather, pushes)
-            result = self._host.record(record)
+            found = Verdict(self._host, gather, self._searches.current).reached()
+            result = self._host.record(found) if isinstance(found, RoundApplied) else None
         except errors.OptserveError as error:
             self.fail(gather, error)
             return
@@ -190,45 +265,42 @@ class CurrentRound:
             logger.exception("a defect while round %d was applied", number)
             self.fail(gather, errors.InternalError(f"round {number} could not be applied: {defect!r}"))
             return
-        self._publish(record.decision, number)
-        self.last_rank = last_rank
         self.gather = None
-        for push in pushes:
+        for push in pushes:  # first of all, lest what follows have the round applied again
             push.result = result
+            push.trial = None if isinstance(found, RoundApplied) else found.trial
+        if isinstance(found, RoundApplied):
+            self._searches.drop()
+            self.last_rank = last_rank
+            self._publish(found.decision, number, pushes)
+        else:
+            self._searches.current = found
+            self._host.changed.notify_all()
 
-    def _decided(self, gather: Gather, pushes: list[Contribution]) -> RoundApplied:
-        """What the round does, with the kernels and slots that it needs. Typed errors if it is not to be applied."""
-        job = self._host.job
-        votes = [contribution.vote() for contribution in pushes]
-        decision = decide(votes, gather.base_weight(), gather.sum_of_squares(), len(job.store.layout.places))
-        refusal = self._refusal(votes, decision.skip_reason)
-        if refusal is not None:
-            raise refusal
-        if decision.changes:
-            job.store.prepare(self._edited(decision.changes))
-        return RoundApplied(tuple(push.caller for push in pushes), decision, gather.accumulators)
+    # What others see ----------------------------------------------------------------------------------------------------------
 
-    def _edited(self, changes: Changes) -> list[dict[str, Value]]:
-        """The groups after the ranks' changes, each of which was allowed when its push began."""
-        try:
-            return self._host.job.edited(changes)
-        except errors.InputError as error:
-            raise type(error)(
-                f"round {self.number}: what its ranks changed does not go together, or not with the groups as they are now "
-                f"({error}); nothing was applied, push again without these changes",
-                **error.metadata,
-            ) from error
-
-    def _publish(self, decision: Decision, number: int) -> None:
+    def _publish(self, decision: Decision, number: int, pushes: Sequence[Contribution]) -> None:
         self._host.publish_edits(decision.changes)
-        text = f"round skipped: {decision.skip_reason}" if decision.skipped else f"step {number}"
-        self._host.publish("round", text, grad_norm=decision.grad_norm, ranks=list(decision.ranks), **decision.metrics)
-
-    def _refusal(self, votes: list[Vote], skip_reason: str) -> errors.RoundFailedError | None:
-        contributed = sum(vote.contributes for vote in votes)
-        quorum = self._host.job.plan.spec.quorum if self._host.sync else 1
-        if 0 < contributed < quorum:
-            return errors.RoundFailedError(f"round {self.number}: {contributed} ranks contributed; the quorum is {quorum}")
-        if skip_reason == "nonfinite" and not self.skips_nonfinite:
-            return errors.RoundFailedError(f"round {self.number}: the sum of the ranks' finite gradients overflowed")
-        return None
+        fields: dict[str, object] = {"grad_norm": decision.grad_norm, "ranks": list(decision.ranks)}
+        scale = next((push.push.loss_scale for push in pushes if push.push.loss_scale is not None), None)
+        if decision.skipped:
+            text = f"round skipped: {decision.skip_reason}" + (f"; the loss scale is {scale:g}" if scale is not None else "")
+            fields["skip_reason"] = decision.skip_reason
+        elif decision.accumulated:
+            text = f"step {number}: {decision.accumulated} of {self._host.job.rules.accumulation} rounds are summed up"
+        else:
+            text = f"step {number}"
+        if scale is not None:
+            fields["loss_scale"] = scale
+        if decision.clip_factor != 1.0:
+            fields["clip_factor"] = decision.clip_factor
+        if decision.evaluations:
+            fields["evaluations"] = decision.evaluations
+        numbers = Round(
+            learning_rates=tuple(self._host.job.learning_rates),
+            grad_norm=decision.grad_norm,
+            clip_factor=decision.clip_factor,
+            skip_reason=decision.skip_reason,
+            accumulated=decision.accumulated,
+        )
+        self._host.publish("round", text, decision.metrics, numbers, **fields)

@@ -6,19 +6,21 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optserve.server.jobs import Job
 from optserve.server.jobs import spec as specs
+from optserve.server.jobs.rules import clipping
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import Changes, Initialized, Joined, Left, Record, Result
-from optserve.server.rounds.events import EventLog
+from optserve.server.records import Changes, Initialized, Joined, Left, Record, Result, Rules
+from optserve.server.rounds.events import EventLog, Round
 from optserve.server.rounds.membership import Leases, admit
 from optserve.server.rounds.protocols import Journal
 from optserve.server.store import Hold, StoreState
 from optserve.v1 import jobs_pb2
 from optserve.wire import errors
+from optserve.wire.values import Value
 
 logger = logging.getLogger("optserve.server")
 
@@ -54,6 +56,8 @@ class JobHost:
         self.closed: errors.OptserveError | None = None
         self.on_membership: Callable[[], None] = lambda: None
         self.on_reset: Callable[[errors.OptserveError], None] = lambda _: None
+        self.on_layout: Callable[[], None] = lambda: None
+        """After parameters were renamed, replaced or removed: what gathers is of the ones before."""
         self._holds: dict[str, Hold] = {}
         self._streams: dict[str, object] = {}
         now = clock()
@@ -71,7 +75,7 @@ class JobHost:
     def commit(self, record: Record, kind: str, message: str, **fields: object) -> Result:
         """Logs and applies a record, publishes it and tells the waiters."""
         result = self.record(record)
-        self.publish(kind, message, **fields)
+        self.publish(kind, message, None, None, **fields)
         return result
 
     def record(self, record: Record) -> Result:
@@ -81,10 +85,25 @@ class JobHost:
         self.changed.notify_all()
         return result
 
-    def publish(self, kind: str, message: str, **fields: object) -> None:
-        self.events.publish(kind, self.job.position, message, {name: str(value) for name, value in fields.items()})
+    def publish(
+        self,
+        kind: str,
+        message: str,
+        metrics: Mapping[str, float] | None = None,
+        numbers: Round | None = None,
+        **fields: object,
+    ) -> None:
+        texts = {name: str(value) for name, value in fields.items()}
+        self.events.publish(kind, self.job.position, message, texts, metrics or {}, numbers)
         level = logging.DEBUG if kind == "round" else logging.INFO
         logger.log(level, "job %s version %d: %s", self.job.name or self.job.job_id, self.job.position.version, message)
+
+    def prepare(self, groups: Sequence[Mapping[str, Value]], rules: Rules | None = None) -> None:
+        """Kernels and slots for steps with these groups, under these rules or else the job's. OutOfMemoryError."""
+        rules = rules or self.job.rules
+        self.job.store.prepare(clipping(groups, rules.clip_grad_value))
+        if rules.accumulation > 1:
+            self.job.store.window.prepare()
 
     def publish_edits(self, changes: Changes) -> None:
         for group, entries in changes.items():
@@ -179,7 +198,7 @@ class JobHost:
             self.closed = reason
             self.on_reset(reason)
             self.changed.notify_all()
-        self.events.wake()
+        self.events.close()
 
     def uploading(self, session_id: str) -> None:
         """A block of the initial values came: its sender lives. JobExistsError for anybody but the creator."""
@@ -193,7 +212,7 @@ class JobHost:
         with self.changed:
             self.check_open()
             if not self.job.initialized:
-                self.job.store.prepare(self.job.groups)
+                self.prepare(self.job.groups)
                 self.commit(Initialized(), "initialized", f"job {self.job.name!r} has its initial values")
 
     def wait_initialized(self, timeout_seconds: float, alive: Alive) -> None:
@@ -221,7 +240,7 @@ class JobHost:
                 specs.check_worker_name(name)
             held = self.job.sessions.member_of(session_id)
             if held is None or held.left or (name and held.name != name) or (rank is not None and held.rank != rank):
-                self.job.store.prepare(self.job.groups)
+                self.prepare(self.job.groups)
                 alive = {member.name: self.alive(member) for member in self.job.sessions.members.values()}
                 record = admit(self.job.sessions, self.job.plan.spec.workers, alive, name, rank, session_id)
                 self._join(record)
@@ -290,7 +309,7 @@ class JobHost:
     def announce(self, kind: str, message: str, **fields: object) -> None:
         """Publishes what happened beside the job's records."""
         with self.changed:
-            self.publish(kind, message, **fields)
+            self.publish(kind, message, None, None, **fields)
 
     def check_seen(self, seen: tuple[str, int]) -> None:
         """RolledBackError if a reader saw what the job no longer has."""

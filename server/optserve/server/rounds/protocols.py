@@ -11,4 +11,7 @@ class Journal(Protocol):
     """Where records go before they are applied."""
 
     def append(self, record: Record) -> None:
-        """Returns when the record is as durable as the level promises. StorageError: it must not be applied."""
+        """Returns when the record is as durable as the level promises. StorageError: it must not be applied.
+
+        A round's gradients lie in arrays that the next round writes into: what is kept of them is copied before it returns.
+        """

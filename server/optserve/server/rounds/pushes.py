@@ -7,79 +7,23 @@ at a time, in the order in which they began.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+from optserve.server.formulas import Searching
 from optserve.server.jobs.sessions import Member
-from optserve.server.records import Caller, Changes, Result
+from optserve.server.rounds.contributions import Contribution, Push, Trial, contribution_of
 from optserve.server.rounds.current import CurrentRound
-from optserve.server.rounds.gather import Contribution, Gather, nonfinite
+from optserve.server.rounds.gather import Gather, nonfinite
 from optserve.server.rounds.host import POLL_SECONDS, Alive, JobHost
+from optserve.server.rounds.tickets import Done, Resend, Ticket, Waiting
 from optserve.v1 import data_pb2
 from optserve.wire import errors
-from optserve.wire.chunks import Chunk, Coverage
+from optserve.wire.chunks import Chunk
 
 NOTICE_SECONDS = 30.0
 """How often a waiting worker is told whom it waits for."""
 
 STALL_SECONDS = 5.0
 """An `async` push that brings nothing for so long gives way to the next."""
-
-
-@dataclass(frozen=True)
-class Push:
-    """The head of a push, checked for form."""
-
-    caller: Caller
-    seen: tuple[str, int]
-    kind: data_pb2.Contribution
-    weight: float
-    parameter_count: int
-    absent: frozenset[int]
-    metrics: Mapping[str, float]
-    nonfinite: tuple[int, ...] = ()
-    changes: Changes = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """The round is not complete: who is missing (rank, member, alive), and how long this push has waited."""
-
-    round: int
-    missing: list[tuple[int, Member | None, bool]]
-    waited_seconds: float
-
-
-@dataclass(frozen=True)
-class Done:
-    """The push's result. `waited_for`: the rank that came last, unless it was this one."""
-
-    result: Result
-    waited_for: int | None
-    waited_seconds: float
-
-
-@dataclass(frozen=True)
-class Resend:
-    """The round's sum was void: the push must be sent again."""
-
-    round: int
-
-
-@dataclass
-class Ticket:
-    """A push in progress, as its stream's handler holds it.
-
-    `attached`: the contribution came whole on an earlier stream; this one's chunks are passed over.
-    """
-
-    push: Push
-    began_at: float
-    ended_at: float = 0.0
-    stored: Result | None = None
-    gather: Gather | None = None
-    contribution: Contribution | None = None
-    attached: bool = False
 
 
 class Pushes:
@@ -95,17 +39,19 @@ class Pushes:
         host = self._host
         with host.changed:
             ticket = Ticket(push, host.clock())
-            member, ticket.stored = self._admit(push)
-            if ticket.stored is not None:
+            member, ticket.answer = self._admit(push)
+            if ticket.answer is not None:
                 return ticket
             host.leases.renew(member.session_id, ticket.began_at)
-            if push.kind == data_pb2.CONTRIBUTION_NONFINITE and not self._round.skips_nonfinite:
-                names = [repr(place.name) for place in host.job.store.layout.places if place.index in push.nonfinite]
-                raise nonfinite(member, names)
+            host.release(member.session_id)  # of a stream that broke off unnoticed: no step waits for who has pushed
+            self._check_kind(push, member)
+            ticket.answer = self._round.answered(member, push)
+            if ticket.answer is not None:
+                return ticket
             if not host.sync:
                 self._await_turn(ticket, alive)
-                member, ticket.stored = self._admit(push)  # from an earlier stream it may have been applied meanwhile
-                if ticket.stored is not None:
+                member, ticket.answer = self._admit(push)  # from an earlier stream it may have been applied meanwhile
+                if ticket.answer is not None:
                     return ticket
             gather = self._enter(ticket, member)
         gather.pump()
@@ -120,19 +66,23 @@ class Pushes:
             raise contribution.error
         gather.offer(contribution, chunk, self._host.clock(), lambda: self._wait_for_room(ticket, alive))
 
-    def finish(self, ticket: Ticket, alive: Alive) -> Done | Resend | Waiting:
+    def finish(self, ticket: Ticket, alive: Alive) -> Done | Trial | Resend | Waiting:
         """The push is whole: waits until its round is applied, NOTICE_SECONDS at most. Call again after Waiting."""
-        if ticket.stored is not None:
-            return Done(ticket.stored, None, 0.0)
-        gather, contribution = ticket.gather, ticket.contribution
-        if gather is None or contribution is None:
-            raise errors.InternalError("a push was finished that had not begun")
+        if ticket.answer is not None:
+            return ticket.answer
         host = self._host
         notice_at = host.clock() + NOTICE_SECONDS
         while True:
+            gather, contribution = ticket.gather, ticket.contribution
+            if gather is None or contribution is None:
+                raise errors.InternalError("a push was finished that had not begun")
             with host.changed:
                 self._end(ticket, gather, contribution)
                 outcome = self._outcome(ticket, gather, contribution)
+                if isinstance(outcome, Trial) and ticket.push.kind == data_pb2.CONTRIBUTION_SKIP:
+                    outcome = self._sit_out(ticket)
+                    if outcome is None:
+                        continue
                 if outcome is not None:
                     return outcome
                 if not alive():
@@ -155,49 +105,52 @@ class Pushes:
             if contribution is not None and gather is not None and not ticket.attached and not contribution.ended:
                 self._round.remove(gather, contribution)
 
-    def _admit(self, push: Push) -> tuple[Member, Result | None]:
-        """Whose push it is, and its stored result if it was applied before. Typed errors if it may not be applied now."""
+    def _admit(self, push: Push) -> tuple[Member, Done | None]:
+        """Whose push it is, and its result if it was applied before. Typed errors if it may not be applied now."""
         member = self._check(push)
         stored = self._host.job.sessions.repeated(push.caller)
         if stored is None:
             self._host.job.check_seen(*push.seen)
-        return member, stored
+        return member, None if stored is None else Done(stored, None, 0.0)
 
     def _check(self, push: Push) -> Member:
         self._host.check_initialized()
         return self._host.job.sessions.check_member(push.caller.session_id, push.caller.epoch)
 
+    def _check_kind(self, push: Push, member: Member) -> None:
+        """Refuses a push that its sender alone is to blame for."""
+        job = self._host.job
+        skips = self._round.skips_nonfinite or push.loss_scale is not None or not push.nonfinite
+        if push.kind == data_pb2.CONTRIBUTION_NONFINITE and not skips:
+            names = [repr(place.name) for place in job.store.layout.places if place.index in push.nonfinite]
+            raise nonfinite(member, names)
+        searches = isinstance(job.plan.optimizer, Searching)
+        if searches and push.kind == data_pb2.CONTRIBUTION_GRADIENT and push.loss is None:
+            raise errors.InvalidArgumentError(f"{job.plan.optimizer.name} needs a closure: call worker.step(closure)")
+
     def _enter(self, ticket: Ticket, member: Member) -> Gather:
-        push, layout = ticket.push, self._host.job.store.layout
-        gather = self._round.current()
-        earlier = gather.contributions.get(member.rank)
-        if earlier is not None:
-            if earlier.caller == push.caller and earlier.ended:
-                ticket.gather, ticket.contribution, ticket.attached = gather, earlier, True
-                return gather
+        push, job, gather = ticket.push, self._host.job, self._round.gather
+        earlier = None if gather is None or gather.void else gather.contributions.get(member.rank)
+        if gather is not None and earlier is not None and earlier.ended and earlier.push.is_repeated_by(push):
+            ticket.gather, ticket.contribution, ticket.attached = gather, earlier, True
+            return gather
+        groups = job.edited(push.changes)  # what is wrong with a push is its sender's error, and not the round's
+        now = self._host.clock()
+        contribution = contribution_of(push, member, job.store.layout, job.plan.optimizer, groups, now)
+        if gather is not None and earlier is not None:
             self._round.remove(gather, earlier)
-            gather = self._round.current()
-        count = len(layout.places)
-        if push.parameter_count > count:
-            raise errors.UnknownParameterError(f"the push announces {push.parameter_count} parameters; the job has {count}")
-        self._host.job.edited(push.changes)  # what is wrong with them is the sender's error, and not the round's
-        present = [index for index in range(push.parameter_count) if index not in push.absent]
-        touched = layout.blocks_of(present) if push.kind == data_pb2.CONTRIBUTION_GRADIENT else {}
-        contribution = Contribution(
-            member,
-            push.caller,
-            push.kind,
-            push.weight,
-            frozenset(present),
-            push.metrics,
-            {key: Coverage(f"array {key}", layout.arrays[key].nbytes, found) for key, found in touched.items()},
-            frozenset((array_id, block) for array_id, found in touched.items() for block in found),
-            self._host.clock(),
-            changes=push.changes,
-        )
+        gather = self._round.current()
         self._round.add(gather, contribution)
         ticket.gather, ticket.contribution = gather, contribution
         return gather
+
+    def _sit_out(self, ticket: Ticket) -> Done | Trial | Resend | None:
+        """A rank that sits the step out has no closure: it sits out the next evaluation too, unless the step is done."""
+        member, stored = self._admit(ticket.push)
+        answer = stored or self._round.answered(member, ticket.push)
+        if answer is None:
+            self._enter(ticket, member)
+        return answer
 
     def _await_turn(self, ticket: Ticket, alive: Alive) -> None:
         """`async`: waits until every push that began before is applied or has stalled."""
@@ -245,13 +198,15 @@ class Pushes:
         ticket.ended_at = ticket.ended_at or self._host.clock()
         if contribution.ended or gather.void or contribution.error is not None:
             return
-        missing = sum(len(coverage.missing) for coverage in contribution.coverage.values())
+        missing = contribution.missing
         if missing:
             self._round.remove(gather, contribution)
-            raise errors.IncompleteStreamError(f"the push ended with {missing} of {len(contribution.wanted)} chunks missing")
+            raise errors.IncompleteStreamError(f"the push ended with {missing} of {contribution.chunk_count} chunks missing")
         contribution.ended = True
 
-    def _outcome(self, ticket: Ticket, gather: Gather, contribution: Contribution) -> Done | Resend | None:
+    def _outcome(self, ticket: Ticket, gather: Gather, contribution: Contribution) -> Done | Trial | Resend | None:
+        if contribution.trial is not None:
+            return contribution.trial
         if contribution.result is not None:
             last = self._round.last_rank
             waited = self._host.clock() - ticket.ended_at
@@ -260,5 +215,5 @@ class Pushes:
             raise contribution.error
         self._check(ticket.push)
         if gather.void or gather.contributions.get(contribution.member.rank) is not contribution:
-            return Resend(self._round.number)
+            return self._round.resend(ticket.push)
         return None

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from optserve.server.backends import Backend
-from optserve.server.jobs import Job
+from optserve.server.jobs import Job, parameters
 from optserve.server.jobs import spec as specs
 from optserve.server.records import new_id
 from optserve.server.rounds.administration import Administration
 from optserve.server.rounds.host import Clock, JobHost
+from optserve.server.rounds.parameter_edits import ParameterEdits
 from optserve.server.rounds.protocols import Journal
 from optserve.server.rounds.pushes import Pushes
 from optserve.v1 import jobs_pb2
@@ -34,10 +35,12 @@ class Running:
     host: JobHost
     pushes: Pushes = field(init=False)
     administration: Administration = field(init=False)
+    parameter_edits: ParameterEdits = field(init=False)
 
     def __post_init__(self) -> None:
         self.pushes = Pushes(self.host)
         self.administration = Administration(self.host)
+        self.parameter_edits = ParameterEdits(self.host, self.administration)
 
     @property
     def job(self) -> Job:
@@ -47,7 +50,15 @@ class Running:
 class Registry:
     """Creates, finds and deletes jobs. Its lock guards the two tables."""
 
-    def __init__(self, backend: Backend, journal: Callable[[str], Journal], clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        journal: Callable[[str], Journal],
+        clock: Clock = time.monotonic,
+        watch: Callable[[JobHost], None] = lambda _: None,
+    ) -> None:
+        """`watch` is given every job that comes, before anything happens to it."""
+        self._watch = watch
         self.backend = backend
         self._journal = journal
         self._clock = clock
@@ -57,7 +68,8 @@ class Registry:
         self._closed: errors.OptserveError | None = None
 
     def create(self, job_id: str, spec: jobs_pb2.JobSpec, session_id: str, exist_ok: bool) -> tuple[Running, bool]:
-        """A new job (True), or with `exist_ok` the one of that name if its spec matches (False).
+        """A new job (True), or with `exist_ok` the one of that name (False) if its spec matches, as it was created or with the
+        parameters of now.
 
         True means that the caller uploads the initial values; so does the first to find a job whose creator died before it had.
         The same job_id again is the same call again. JobExistsError, JobSpecMismatchError, and what the spec's check raises.
@@ -79,7 +91,7 @@ class Registry:
                 name=name,
             )
         odd = specs.differences(found.job.plan, plan)
-        if odd:
+        if odd and specs.differences(parameters.as_now(found.job), plan):  # a parameter's name or shape may be another by now
             raise errors.JobSpecMismatchError(f"job {name!r} exists with another spec: {'; '.join(odd)}", name=name)
         same_call = found.job.job_id == job_id and not found.job.initialized
         return found, same_call or found.host.claim(session_id)
@@ -96,11 +108,13 @@ class Registry:
 
     def _add(self, job: Job, session_id: str) -> Running:
         host = JobHost(job, self._journal(job.job_id), session_id, self._clock)
+        self._watch(host)
         self._by_id[job.job_id] = Running(host)
         return self._by_id[job.job_id]
 
     def _named(self, name: str) -> Running | None:
-        return next((running for running in self._by_id.values() if running.job.name == name), None)
+        """None for an empty name, which unnamed jobs have."""
+        return next((running for running in self._by_id.values() if name and running.job.name == name), None)
 
     def _check_open(self) -> None:
         if self._closed is not None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
-import numpy as np
-import numpy.typing as npt
-
+from optserve.server.formulas import Searching
 from optserve.server.jobs.sessions import Member
-from optserve.server.rounds.pushes import Done, Push, Resend, Ticket, Waiting
+from optserve.server.rounds.contributions import Push, Trial
 from optserve.server.rounds.registry import Registry, Running
-from optserve.server.services import decode, encode
+from optserve.server.rounds.tickets import Done, Resend, Ticket, Waiting
+from optserve.server.services import decode, encode, pushing, weights
 from optserve.server.services.context import CallContext
+from optserve.server.services.weights import Selection
 from optserve.server.store import Hold
 from optserve.v1 import data_pb2, data_pb2_grpc, types_pb2
 from optserve.wire import errors
-from optserve.wire.chunks import INLINE_BYTES, Chunk, array_chunks, from_inline, to_inline
+from optserve.wire.chunks import Chunk, from_inline, to_inline
 from optserve.wire.reasons import to_detail
 
 StreamItem = bytes | data_pb2.StreamRequest | Chunk
@@ -92,26 +93,30 @@ class DataService(data_pb2_grpc.DataServiceServicer):
         found = decode.items(data_pb2.PushRequest, requests)
         begin = decode.first(data_pb2.PushRequest, found, "begin").begin
         running = self._registry.find(begin.call.job_id)
+        if begin.closure or isinstance(running.job.plan.optimizer, Searching):
+            raise errors.InvalidArgumentError("a step with a closure needs a worker's stream; Push takes one gradient alone")
         context.add_callback(running.host.wake)
-        ticket = _gathered(running, decode.push(begin), _chunks(begin, found), context)
+        ticket = _gathered(running, pushing.push(begin), _chunks(begin, found), context)
         while isinstance(outcome := running.pushes.finish(ticket, context.is_active), Waiting):
             pass
         if isinstance(outcome, Resend):
             raise errors.RoundFailedError(f"round {outcome.round}: a member was lost half-way and the sum is void; push again")
+        if isinstance(outcome, Trial):
+            raise errors.InternalError("a push without a closure was asked for another evaluation")
         return data_pb2.PushResponse(result=encode.push_result(running.host, begin, outcome))
 
     def Pull(self, request: data_pb2.PullRequest, context: CallContext) -> Iterator[data_pb2.PullResponse | Chunk]:
         host = self._registry.find(request.job_id).host
         with host.changed:
             host.check_seen(decode.seen(request.seen))
-            arrays, layout, position = host.job.store.snapshot(), host.job.store.layout, host.job.position
-        chosen = [layout.place(name).index for name in request.parameters] or range(len(layout.places))
-        begin = data_pb2.WeightsBegin(position=position.to_proto(), layout_version=layout.version)
+            layout = host.job.store.layout
+            selection = Selection.of(layout, request.rows, request.layout_version, request.parameters)
+            begin = weights.begin(host, selection)
+            chunks = weights.copied(host.job.store, selection)
         if request.include_layout:
             begin.layout.CopyFrom(layout.to_proto())
         yield data_pb2.PullResponse(begin=begin)
-        for array_id, wanted in layout.blocks_of(chosen).items():
-            yield from array_chunks(array_id, _bytes(arrays[array_id]), wanted)
+        yield from chunks
         yield data_pb2.PullResponse(end=types_pb2.StreamEnd())
 
 
@@ -156,7 +161,7 @@ class _WorkerStream:
                 if not isinstance(item, Chunk) and content == "push":
                     yield from self._push(item.push, found)
                 elif not isinstance(item, Chunk) and content == "pull":
-                    yield from self._weights(item.pull)
+                    yield from self._weights(item.pull, self._selection(item.pull.rows, item.pull.layout_version))
                 else:
                     raise errors.ProtocolViolationError(f"a stream may not go on with {content!r}; push or pull is next")
             except _ENDING as error:
@@ -178,7 +183,7 @@ class _WorkerStream:
     def _push(self, begin: data_pb2.PushBegin, found: Iterator[data_pb2.StreamRequest | Chunk]) -> Iterator[Answer]:
         chunks = _chunks(begin, found)
         try:
-            push = decode.push(begin)
+            push, selection = pushing.push(begin), self._asked_with(begin)
             ticket = _gathered(self._running, push, chunks, self._context)
         except errors.OptserveError:
             for _ in chunks:  # the rest of a refused push: what comes after it is the next request
@@ -187,64 +192,85 @@ class _WorkerStream:
         while isinstance(outcome := self._running.pushes.finish(ticket, self._context.is_active), Waiting):
             yield data_pb2.StreamResponse(waiting=encode.waiting(outcome))
         if isinstance(outcome, Resend):
-            yield data_pb2.StreamResponse(resend=data_pb2.RoundResend(round=outcome.round))
-            return
-        yield from self._applied(begin, outcome)
+            yield data_pb2.StreamResponse(resend=data_pb2.RoundResend(round=outcome.round, restart=outcome.restart))
+        elif isinstance(outcome, Trial):
+            yield from weights.evaluate(self._running.host, outcome, begin.inline_weights_bytes)
+        else:
+            yield from self._applied(begin, outcome, selection)
 
-    def _applied(self, begin: data_pb2.PushBegin, outcome: Done) -> Iterator[Answer]:
+    def _asked_with(self, begin: data_pb2.PushBegin) -> Selection | None:
+        """What a push asks for with its result; None if it is of an old layout: it may have been applied before, and if it was
+        not, it is refused for that."""
+        try:
+            return self._selection(begin.want_rows, begin.layout_version)
+        except errors.StaleLayoutError:
+            return None
+
+    def _selection(self, rows: Sequence[types_pb2.Rows], layout_version: int) -> Selection:
+        if not rows:
+            return Selection({}, layout_version)
+        with self._running.host.changed:
+            return Selection.of(self._running.job.store.layout, rows, layout_version)
+
+    def _applied(self, begin: data_pb2.PushBegin, outcome: Done, selection: Selection | None) -> Iterator[Answer]:
         result = encode.push_result(self._running.host, begin, outcome)
         pull = data_pb2.PullWeights(inline_weights_bytes=begin.inline_weights_bytes, seen=result.position)
         failure: errors.OptserveError | None = None
         try:
-            small = self._small_weights(pull) if begin.want_weights else None
-            if small is not None:
-                result.weights.CopyFrom(small)
+            if begin.want_weights:
+                selection = selection or self._selection(begin.want_rows, begin.layout_version)
+                small = self._small_weights(pull, selection)
+                if small is not None:
+                    result.weights.CopyFrom(small)
         except errors.OptserveError as error:
             failure = error
         yield data_pb2.StreamResponse(pushed=result)  # whatever becomes of the weights, the push was applied
         if failure is not None:
             raise failure
-        if begin.want_weights and not result.HasField("weights"):
-            yield from self._weights(pull)
+        if begin.want_weights and selection is not None and not result.HasField("weights"):
+            yield from self._weights(pull, selection)
 
-    def _weights_begin(self, pull: data_pb2.PullWeights) -> data_pb2.WeightsBegin:
+    def _weights_begin(self, pull: data_pb2.PullWeights, selection: Selection) -> data_pb2.WeightsBegin:
         """Of the weights as they are. With the job's lock held. Typed errors if this worker may not have them."""
         host = self._running.host
         host.check_seen(decode.seen(pull.seen))
         self._member()
-        return data_pb2.WeightsBegin(
-            position=host.job.position.to_proto(),
-            layout_version=host.job.store.layout.version,
-            changed_groups=encode.changed_groups(host, pull),
-        )
+        begin = weights.begin(host, selection)
+        changed = encode.changed_groups(host, pull)
+        if changed is not None:
+            begin.changed_groups.CopyFrom(changed)
+        return begin
 
-    def _small_weights(self, pull: data_pb2.PullWeights) -> data_pb2.WeightsBegin | None:
+    def _small_weights(self, pull: data_pb2.PullWeights, selection: Selection) -> data_pb2.WeightsBegin | None:
         """The weights in one message, if they have at most so many bytes."""
         host = self._running.host
         with host.changed:
-            begin = self._weights_begin(pull)
-            if host.job.store.layout.nbytes > min(pull.inline_weights_bytes, INLINE_BYTES):
+            begin = self._weights_begin(pull, selection)
+            if not selection.fits(host.job.store.layout, pull.inline_weights_bytes):
                 return None
-            arrays = host.job.store.snapshot()
-        chunks = (chunk for array_id, array in arrays.items() for chunk in array_chunks(array_id, _bytes(array)))
+            chunks = weights.copied(host.job.store, selection)
         begin.inline.CopyFrom(to_inline(chunks))
         return begin
 
-    def _weights(self, pull: data_pb2.PullWeights) -> Iterator[Answer]:
-        """One whole version: in `sync` read in place, since no step can come before this worker pushes; else from a copy."""
-        small = self._small_weights(pull)
+    def _weights(self, pull: data_pb2.PullWeights, selection: Selection) -> Iterator[Answer]:
+        """One whole version: in `sync` flat arrays are read in place, since no step can come before this worker pushes; rows,
+        and in `async` all, from copies."""
+        small = self._small_weights(pull, selection)
         if small is not None:
             yield data_pb2.StreamResponse(weights=small)
             return
         host = self._running.host
         with host.changed:
-            begin = self._weights_begin(pull)
-            self._hold = host.hold(self._opening.session_id) if host.sync else None
-            arrays = self._hold.arrays if self._hold else host.job.store.snapshot()
+            begin, store = self._weights_begin(pull, selection), host.job.store
+            if host.sync:
+                rows = weights.bundle(store, selection)
+                self._hold = host.hold(self._opening.session_id)
+                chunks: Iterator[Chunk] = chain(weights.in_place(self._hold.arrays, selection.blocks(store.layout)), rows)
+            else:
+                chunks = weights.copied(store, selection)
         try:
             yield data_pb2.StreamResponse(weights=begin)
-            for array_id, array in arrays.items():
-                yield from array_chunks(array_id, _bytes(array))
+            yield from chunks
             if self._hold is not None and self._hold.released:
                 raise errors.RoundTimeoutError("this worker was silent for so long that the round went on; pull again")
         finally:
@@ -269,8 +295,3 @@ def _gathered(running: Running, push: Push, chunks: Iterator[Chunk], context: Ca
 def _chunks(begin: data_pb2.PushBegin, found: Iterator[decode.AnyMessage | Chunk]) -> Iterator[Chunk]:
     """A push's chunks: those in its head, or else those that follow."""
     return from_inline(begin.inline) if begin.HasField("inline") else decode.chunks(found)
-
-
-def _bytes(array: npt.NDArray[np.generic]) -> memoryview:
-    """A flat array's bytes, whatever its dtype."""
-    return array.view(np.uint8).data

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -12,8 +11,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from optserve.server.records import Caller
-from optserve.server.rounds.pushes import Push
-from optserve.v1 import data_pb2, optimizer_pb2, types_pb2
+from optserve.v1 import optimizer_pb2, types_pb2
 from optserve.wire import bundle, errors
 from optserve.wire.arguments import MOST_SCHEDULES, Factors
 from optserve.wire.chunks import Chunk, parse
@@ -55,37 +53,15 @@ def fingerprint(request: Message, *more: bytes) -> str:
     content.CopyFrom(request)
     for name in {"call", "groups_version"}.intersection(content.DESCRIPTOR.fields_by_name):
         content.ClearField(name)
-    return _digest(content.SerializeToString(deterministic=True), *more)
+    return digest(content.SerializeToString(deterministic=True), *more)
 
 
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(*parts: bytes) -> str:
+    """Of a call's content, for its identity."""
+    found = hashlib.blake2b(digest_size=16)
     for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def push(begin: data_pb2.PushBegin) -> Push:
-    """The head of a push. InvalidArgumentError if it is not well-formed."""
-    if begin.contribution not in (
-        data_pb2.CONTRIBUTION_GRADIENT,
-        data_pb2.CONTRIBUTION_SKIP,
-        data_pb2.CONTRIBUTION_NONFINITE,
-    ):
-        raise errors.InvalidArgumentError(f"contribution is {begin.contribution}; it must be GRADIENT, SKIP or NONFINITE")
-    gradient = begin.contribution != data_pb2.CONTRIBUTION_SKIP
-    if not (math.isfinite(begin.weight) and begin.weight >= 0):
-        raise errors.InvalidArgumentError(f"weight is {begin.weight}; it must be finite and at least 0")
-    beyond = [index for index in begin.absent if index >= begin.parameter_count]
-    if beyond:
-        raise errors.UnknownParameterError(f"parameter {beyond[0]} is absent, but only {begin.parameter_count} are announced")
-    changes = group_changes(begin.changes)
-    content = (begin.contribution, begin.weight, begin.parameter_count, tuple(begin.absent), begin.content_fingerprint, changes)
-    identity, saw = caller(begin.call, _digest(repr(content).encode()))
-    weight = begin.weight if gradient else 0.0
-    absent = frozenset(begin.absent)
-    metrics, found = dict(begin.metrics), tuple(begin.nonfinite)
-    return Push(identity, saw, begin.contribution, weight, begin.parameter_count, absent, metrics, found, changes)
+        found.update(part)
+    return found.hexdigest()
 
 
 def group_changes(entries: Iterable[types_pb2.GroupChange]) -> dict[int, dict[str, Value]]:

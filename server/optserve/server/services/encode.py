@@ -11,7 +11,7 @@ from optserve.server.durability.checkpoints import Info
 from optserve.server.jobs import Job
 from optserve.server.records import Position, Result
 from optserve.server.rounds.host import JobHost
-from optserve.server.rounds.pushes import Done, Waiting
+from optserve.server.rounds.tickets import Done, Waiting
 from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, types_pb2
 from optserve.wire.arguments import to_arguments
 from optserve.wire.values import to_hyperparameters
@@ -59,6 +59,8 @@ def job_info(host: JobHost, with_layout: bool = True) -> jobs_pb2.JobInfo:
             backend=job.store.backend.name,
             metrics=dict(job.metrics),
             state_bytes=job.store.state_bytes,
+            rules=job.rules.to_proto(),
+            accumulated=job.store.window.rounds,
         )
 
 
@@ -108,6 +110,10 @@ def push_result(host: JobHost, begin: data_pb2.PushBegin, done: Done) -> data_pb
         waited_for_rank=done.waited_for,
         waited_seconds=done.waited_seconds,
         changed_groups=changed_groups(host, begin),
+        accumulated=value["accumulated"],
+        clip_factor=value["clip_factor"],
+        evaluations=value["evaluations"],
+        metrics=value["metrics"],
     )
 
 

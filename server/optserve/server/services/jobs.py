@@ -124,9 +124,12 @@ def _page(found: Iterable[Event]) -> Iterator[jobs_pb2.Event]:
             position=event.position.to_proto(),
             message=event.message,
             fields=event.fields,
+            metrics=event.metrics,
         )
         if entry.ByteSize() > _EVENT_BYTES:
             entry.ClearField("fields")
+        if entry.ByteSize() > _EVENT_BYTES:
+            entry.ClearField("metrics")
         size += entry.ByteSize() + 8
         if size > _EVENTS_BYTES:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optserve.server.jobs import spec as specs
-from optserve.server.records import GroupAdded, ScheduleLoaded, ScheduleSet, ScheduleStepped
+from optserve.server.records import GroupAdded, Rules, ScheduleLoaded, ScheduleSet, ScheduleStepped
 from optserve.server.rounds.registry import Registry
 from optserve.server.services import decode, encode
 from optserve.server.services.context import CallContext
@@ -58,6 +58,12 @@ class OptimizerService(optimizer_pb2_grpc.OptimizerServiceServicer):
         caller, seen = decode.caller(request.call, decode.fingerprint(request))
         result = administration.update_group(caller, seen, request.group, from_hyperparameters(request.hyperparameters))
         return optimizer_pb2.UpdateGroupResponse(position=encode.position(result))
+
+    def UpdateRules(self, request: optimizer_pb2.UpdateRulesRequest, context: CallContext) -> optimizer_pb2.UpdateRulesResponse:
+        administration = self._registry.find(request.call.job_id).administration
+        caller, seen = decode.caller(request.call, decode.fingerprint(request))
+        result = administration.update_rules(caller, seen, from_hyperparameters(request.rules))
+        return optimizer_pb2.UpdateRulesResponse(position=encode.position(result), rules=Rules(**result.value).to_proto())
 
     def SetSchedule(self, request: optimizer_pb2.SetScheduleRequest, context: CallContext) -> optimizer_pb2.SetScheduleResponse:
         administration = self._registry.find(request.call.job_id).administration

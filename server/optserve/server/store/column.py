@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,14 +91,45 @@ class Column:
     def set_value(self, place: Place, value: FlatArray) -> None:
         """A whole parameter, and its masters."""
         where = slice(place.offset, place.offset + place.size)
-        self.weights[where] = _reals(value)
+        self.weights[where] = reals(value)
         self._widen(where)
+
+    def forget(self, place: Place) -> None:
+        """A parameter's state, which begins again at step 0."""
+        position = self.places.index(place)
+        for array in self.slots.of(position).values():
+            self._backend.write(array, 0.0)
+        self.steps[position], self.has_state[position] = 0, False
+        self._carry(position, position + 1, dict.fromkeys(self.carried, 0.0))
+        self._runs = None
+
+    def relabel(self, array: Array, places: Sequence[Place]) -> None:
+        """The same parameters under other names, indices or another id."""
+        self.array, self.places = array, tuple(places)
+        self.slots.relabel(self.places)
+        self._runs = None
 
     def _widen(self, where: slice) -> None:
         if self.masters is not self.weights:
             self._backend.write(self.masters[where], self.weights[where])
 
     # Steps
+
+    def position_of(self, index: int) -> int:
+        """Of the parameter with this index, which is one of the array's."""
+        return next(position for position, place in enumerate(self.places) if place.index == index)
+
+    def bounds(self, position: int) -> tuple[int, int]:
+        """The elements of a parameter and of the padding after it."""
+        return self._bounds[position]
+
+    def spans(self, indices: Container[int]) -> list[tuple[int, int]]:
+        """The elements of those of its parameters that are among these, with the padding after each: neighbours as one."""
+        found: list[tuple[int, int]] = []
+        for place, (begin, end) in zip(self.places, self._bounds, strict=True):
+            if place.index in indices:
+                found[-1:] = [(found[-1][0], end)] if found and found[-1][1] == begin else [*found[-1:], (begin, end)]
+        return found
 
     def runs(self, absent: frozenset[int]) -> list[Run]:
         """The parameters that are not absent, in runs of equal step and equal scalars, all with state or all without.
@@ -173,16 +204,16 @@ class Column:
             content.values[place.name] = copied(place.shaped(self.weights))
             if self.is_narrow:
                 where = slice(place.offset, place.offset + place.size)
-                content.state[f"{MASTER}/{place.name}"] = self._outward(place, self.masters[where].reshape(place.shape))
+                content.state[f"{MASTER}/{place.name}"] = self.outward(place, self.masters[where].reshape(place.shape))
             if not self.has_state[position]:
                 continue
             content.steps[place.name] = int(self.steps[position])
             for key, values in self.carried.items():
                 content.state[f"{key}/{place.name}"] = np.array(values[position])
             for slot, array in self.slots.of(position).items():
-                content.state[f"{slot}/{place.name}"] = self._outward(place, array)
+                content.state[f"{slot}/{place.name}"] = self.outward(place, array)
 
-    def _outward(self, place: Place, array: FlatArray) -> FlatArray:
+    def outward(self, place: Place, array: FlatArray) -> FlatArray:
         """A copy; a slot as large as its complex parameter is complex too."""
         host = self._backend.to_host(array)
         host = copied(host) if self._backend.on_host else host
@@ -191,11 +222,24 @@ class Column:
         return host
 
     def load(
-        self, content: StoreState, found: Mapping[int, Mapping[str, FlatArray]], with_values: bool, counts_steps: bool
+        self,
+        content: StoreState,
+        found: Mapping[int, Mapping[str, FlatArray]],
+        with_values: bool,
+        counts_steps: bool,
+        loaded: Container[str] | None,
     ) -> None:
-        """Takes over a content that was checked; `found` holds each parameter's state, for which there are arrays."""
-        self.slots.zero()
+        """Takes over a content that was checked; `found` holds each parameter's state, for which there are arrays.
+
+        Parameters that are not among the `loaded` keep theirs; None: all are.
+        """
+        if loaded is None:
+            self.slots.zero()
         for position, place in enumerate(self.places):
+            if loaded is not None:
+                if place.name not in loaded:
+                    continue
+                self.forget(place)
             state = dict(found.get(place.index, {}))
             if with_values:
                 self.set_value(place, content.values[place.name])
@@ -205,7 +249,7 @@ class Column:
             self._carry(position, position + 1, {key: float(state.get(key, 0.0)) for key in self.carried})
             for slot, array in self.slots.of(position).items():
                 if slot in state:
-                    self._backend.write(array, _reals(state[slot]).reshape(array.shape))
+                    self._backend.write(array, reals(state[slot]).reshape(array.shape))
             least = 1 if state and not counts_steps else 0  # torch's SGD has a buffer, but no count
             self.steps[position] = max(content.steps.get(place.name, 0), least)
             self.has_state[position] = bool(state) or place.name in content.steps
@@ -222,7 +266,7 @@ class Column:
         self._backend.write(self.masters[place.offset : place.offset + place.size], masters)
 
 
-def _reals(value: FlatArray) -> FlatArray:
+def reals(value: FlatArray) -> FlatArray:
     """Flat; complex numbers as pairs."""
     return np.ascontiguousarray(value).reshape(-1).view(storage_dtype(value.dtype))
 

@@ -35,6 +35,10 @@ class Slots(ABC, Generic[Key]):
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._arrays.values())
 
+    def relabel(self, places: Sequence[Place]) -> None:
+        """The same parameters under other names or indices."""
+        self._places = places
+
     @abstractmethod
     def lacking(self, group: Group) -> dict[Key, Shape]:
         """What these hyperparameters need beside what is there, or in another shape."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from optserve.server.formulas import Elementwise, Group, Optimizer
+from optserve.server.formulas import Elementwise, Group, Optimizer, Searching
+from optserve.server.store import extras
 from optserve.server.store.slots import Shape, real_shape, slot_shapes
 from optserve.wire.dtypes import DTYPES, is_complex
 from optserve.wire.errors import InvalidStateDictError
@@ -17,6 +18,9 @@ from optserve.wire.layout import Layout, Place
 
 MASTER = "master"
 """The slot name under which float32 masters of 16-bit parameters travel."""
+
+_WINDOW, _EXTRAS = "window/", "extras/"
+"""No slot is called so."""
 
 FlatArray = npt.NDArray[Any]
 Found = Mapping[int, Mapping[str, FlatArray]]
@@ -29,23 +33,58 @@ class StoreState:
 
     `values` have the wire dtype. `state` is keyed "slot/parameter": tensors in the state dtype, complex for complex parameters
     if they have the parameter's shape, and carried scalars as 0-d float32; "master/parameter" are the masters of 16-bit
-    parameters. `steps` holds the parameters that have state.
+    parameters. `steps` holds the parameters that have state. `extras` is the state that belongs to no one parameter, by torch's
+    name. `window` is the running sum of the `window_rounds` rounds that wait for a step: "sum/parameter" in the state dtype, or
+    "ids/parameter" and "rows/parameter" where it has rows only.
     """
 
     values: dict[str, FlatArray] = field(default_factory=dict)
     state: dict[str, FlatArray] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
+    extras: dict[str, FlatArray] = field(default_factory=dict)
+    window: dict[str, FlatArray] = field(default_factory=dict)
+    window_rounds: int = 0
+
+    @property
+    def tensors(self) -> dict[str, FlatArray]:
+        """All but the values under names of one file: "exp_avg/w1", "window/sum/w1", "extras/d"."""
+        window = {f"{_WINDOW}{key}": array for key, array in self.window.items()}
+        return self.state | {f"{_EXTRAS}{key}": array for key, array in self.extras.items()} | window
+
+    @classmethod
+    def from_tensors(
+        cls, values: Mapping[str, FlatArray], tensors: Mapping[str, FlatArray], steps: Mapping[str, int], window_rounds: int = 0
+    ) -> StoreState:
+        """The content of which these are the values and the `tensors`."""
+        found = cls(dict(values), {}, dict(steps), window_rounds=window_rounds)
+        for key, array in tensors.items():
+            if key.startswith(_WINDOW):
+                found.window[key.removeprefix(_WINDOW)] = array
+            elif key.startswith(_EXTRAS):
+                found.extras[key.removeprefix(_EXTRAS)] = array
+            else:
+                found.state[key] = array
+        return found
 
 
 def check(
-    content: StoreState, layout: Layout, optimizer: Optimizer, groups: Sequence[Group], with_values: bool
+    content: StoreState,
+    layout: Layout,
+    optimizer: Optimizer,
+    groups: Sequence[Group],
+    with_values: bool,
+    loaded: frozenset[str] | None = None,
 ) -> dict[int, dict[str, FlatArray]]:
-    """The state of each parameter's index. `groups` are the hyperparameters that it belongs to.
+    """The state of each parameter's index. `groups` are the hyperparameters that it belongs to; `loaded` are the only
+    parameters that it may be of, None: all of them.
 
     InvalidStateDictError if anything does not fit.
     """
+    if loaded is not None:
+        _check_partial(content, layout, optimizer, loaded)
     if with_values:
         _check_values(content.values, layout)
+    extras.check(content.extras, optimizer, layout)
     found: dict[int, dict[str, FlatArray]] = {}
     group_of = {array.array_id: groups[array.group] for array in layout.arrays}
     for key, array in content.state.items():
@@ -79,6 +118,18 @@ def _place(layout: Layout, name: str, what: str) -> Place:
         return layout.by_name[name]
     except KeyError:
         raise InvalidStateDictError(f"{what} names the parameter {name!r}, which the job does not have") from None
+
+
+def _check_partial(content: StoreState, layout: Layout, optimizer: Optimizer, loaded: frozenset[str]) -> None:
+    if isinstance(optimizer, Searching):
+        raise InvalidStateDictError(
+            f"{optimizer.name}'s state is of all parameters as one vector; it cannot be loaded for some of them"
+        )
+    for name in loaded:
+        _place(layout, name, "what is loaded")
+    for name in (*(key.partition("/")[2] for key in content.state), *content.steps):
+        if name not in loaded:
+            raise InvalidStateDictError(f"there is state of the parameter {name!r}, which is not among those that are loaded")
 
 
 def _check_values(values: Mapping[str, FlatArray], layout: Layout) -> None:

@@ -12,6 +12,7 @@ from optserve.server.backends import Backend
 from optserve.server.backends.threads import each
 from optserve.server.formulas import Group, Tensorwise
 from optserve.server.store.column import Column, FlatArray
+from optserve.server.store.rows import RowEntry
 from optserve.server.store.slots import made, real_shape, slot_shapes
 from optserve.server.store.steps import Entry
 from optserve.wire.errors import OutOfMemoryError
@@ -59,10 +60,10 @@ class TensorwiseSteps:
 
         self._backend.run(work, compiles=True)
 
-    def step(self, entries: Sequence[Entry], scale: float) -> None:
-        """One step of all that the entries name; the state that it needs is there."""
+    def step(self, entries: Sequence[Entry], scale: float, _rows: Sequence[RowEntry] = ()) -> None:
+        """One step of all that the entries name; the state that it needs is there. No such optimizer takes rows."""
         work: list[Tensor] = []
-        for column, group, gradient, runs in entries:
+        for column, group, gradient, runs, _ in entries:
             placed, initial = self._backend.place(gradient), self._optimizer.initial(group)
             for position in (position for run in runs for position in range(run.first, run.last)):
                 column.begin(position, position + 1, initial)

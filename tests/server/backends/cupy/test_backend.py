@@ -55,6 +55,47 @@ def test_gradients_are_folded_with_the_same_bits(backend: Backend, size: int, dt
     assert backend.to_host(into).tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [DTYPES[0], *DTYPES[2:]], ids=lambda dtype: dtype.name)
+def test_narrower_gradients_are_folded_into_float64_with_the_same_bits(backend: Backend, dtype: np.dtype[Any]) -> None:
+    size = SLOT_BYTES // 4 + 3
+    into, expected = backend.zeros(size, np.float64), np.zeros(size)
+    for seed, (ratio, first) in enumerate(((0.3, True), (1 / 3, False))):
+        given = values(size, dtype, seed)
+        backend.fold(into, unaligned(given), ratio, first)
+        select("numpy").fold(expected, given, ratio, first)
+    assert backend.to_host(into).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("shape", [(9, 5), (3000, 16), (400, 1), (5, 70_000), (9, 0)])
+def test_rows_are_taken_put_and_published(backend: Backend, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+    """Within a flat array, next to what is not theirs."""
+    flat = values(shape[0] * shape[1] + 64, dtype)
+    home = backend.place(flat)
+    matrix = home[32 : len(flat) - 32].reshape(shape)
+    ids = np.flatnonzero(np.random.default_rng(1).random(shape[0]) < 0.4)
+    taken = backend.zeros(len(ids) * shape[1], dtype).reshape(len(ids), shape[1])
+    backend.take_rows(matrix, backend.place(ids), taken)
+    own = flat[32 : len(flat) - 32].reshape(shape)
+    assert backend.to_host(taken).tobytes() == own[ids].tobytes()
+    new, expected, weights = values(taken.size, dtype, 7).reshape(taken.shape), flat.copy(), own.copy()
+    backend.put_rows(backend.place(new), backend.place(ids), matrix)
+    expected[32 : len(flat) - 32].reshape(shape)[ids] = new
+    assert backend.to_host(home).tobytes() == expected.tobytes()
+    backend.publish_rows(backend.place(new), ids, weights)
+    assert weights.tobytes() == expected[32 : len(flat) - 32].tobytes()
+
+
+def test_no_rows_are_launched_for_nothing() -> None:
+    device = new_device()
+    backend = backend_on(device)
+    launched = len(device.blocks)
+    empty = backend.zeros(0, np.float32).reshape(0, 5)
+    backend.take_rows(backend.zeros(10, np.float32).reshape(2, 5), backend.zeros(0, np.int64), empty)
+    backend.put_rows(empty, backend.zeros(0, np.int64), backend.zeros(10, np.float32).reshape(2, 5))
+    assert len(device.blocks) == launched
+
+
 def test_fold_refuses_other_lengths(backend: Backend) -> None:
     with pytest.raises(ValueError, match="3 values cannot be folded into 4"):
         backend.fold(backend.zeros(4, np.float32), np.zeros(3, np.float32), 1.0, True)

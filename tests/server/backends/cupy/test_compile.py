@@ -14,7 +14,7 @@ from reference import VARIANTS, Variant
 
 from optserve.server.backends.cupy import nvrtc, source
 from optserve.server.formulas import Elementwise, find
-from optserve.server.formulas.language import FormulaError, Program, specialise
+from optserve.server.formulas.language import CLIP, L1, FormulaError, Program, specialise
 from optserve.wire.dtypes import state_dtype
 from optserve.wire.errors import InternalError, MissingExtraError
 
@@ -29,9 +29,9 @@ FIRST = list({variant.optimizer: variant for variant in reversed(ELEMENTWISE)}.v
 """One variant of each optimizer, compiled for every architecture in every run."""
 
 
-def program_of(variant: Variant) -> Program:
+def program_of(variant: Variant, **also: float) -> Program:
     optimizer = find(variant.optimizer)
-    return optimizer.program(optimizer.choices({**optimizer.defaults, **variant.options}))
+    return optimizer.program(optimizer.choices({**optimizer.defaults, **variant.options, **also}))
 
 
 def kernels_of(program: Program) -> Iterator[tuple[str, str, Any]]:
@@ -104,7 +104,7 @@ def test_folds_and_sums_compute_plainly() -> None:
     text, names = source.shared()
     found = bodies(nvrtc.find().ptx(text, USUAL))
     assert set(found) == set(names)
-    assert len(names) == 8 + 2 + 2 + 1 + 3
+    assert len(names) == 14 + 2 + 2 + 1 + 3 * 3
     for name, body in found.items():
         assert_plain(name, body)
         if name.startswith("optserve_fold"):
@@ -130,6 +130,19 @@ def test_no_kernel_spills_registers() -> None:
             programs.append(program_of(variant))
     texts = [text.replace("_it_", f"_{index}_") for index, program in enumerate(programs) for _, text, _ in kernels_of(program)]
     assert_no_spills(nvrtc.find().image("".join([source.PRELUDE, *texts]), USUAL), len(texts))
+
+
+def test_clipping_and_a_penalty_compute_plainly_and_spill_nothing() -> None:
+    """In every optimizer: both come before the formula."""
+    texts: list[str] = []
+    for index, variant in enumerate(FIRST):
+        program = program_of(variant, clip_grad_value=0.5, l1=0.1)
+        assert {CLIP, L1} <= set(program.scalars)
+        texts += [text.replace("_it_", f"_{index}_") for _, text, _ in kernels_of(program)]
+    whole = "".join([source.PRELUDE, *texts])
+    assert_no_spills(nvrtc.find().image(whole, USUAL), len(texts))
+    for name, body in bodies(nvrtc.find().ptx(whole, USUAL)).items():
+        assert_plain(name, body)
 
 
 def test_a_spill_would_be_seen() -> None:

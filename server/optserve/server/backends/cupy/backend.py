@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from optserve.server.backends.cupy import source
 from optserve.server.backends.cupy.device import Device
+from optserve.server.backends.cupy.source import PUT, TAKE
 from optserve.server.backends.cupy.thread import COMPILE_SECONDS, SLOT_BYTES, DeviceThread
 from optserve.server.backends.interface import Array, Backend, check_lengths
+from optserve.server.backends.memory import put_rows
 from optserve.server.backends.norms import LANES, SEGMENT
 from optserve.server.formulas import Elementwise
 from optserve.server.formulas.language import Program
@@ -174,6 +176,20 @@ class CupyBackend:
             return
         for where in _pieces(weights, SLOT_BYTES):
             self._narrow(source[where], weights[where])
+
+    def take_rows(self, source: Array, ids: Array, into: Array) -> None:
+        self._move_rows(into, self._shared[TAKE[into.dtype.itemsize]], source, ids, into)
+
+    def put_rows(self, values: Array, ids: Array, into: Array) -> None:
+        self._move_rows(values, self._shared[PUT[into.dtype.itemsize]], values, ids, into)
+
+    def _move_rows(self, rows: Array, kernel: Any, *arrays: Array) -> None:
+        if rows.size:
+            numbers = (np.int64(rows.shape[1]), np.int64(rows.size))
+            self.run(lambda: self.launcher.launch(kernel, rows.size, *arrays, *numbers))
+
+    def publish_rows(self, source: Array, ids: npt.NDArray[np.int64], weights: Array) -> None:
+        put_rows(self.to_host(source), ids, weights)
 
     def _read(self, source: Array, into: Array) -> None:
         if len(into):

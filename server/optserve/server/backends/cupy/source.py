@@ -266,7 +266,7 @@ extern "C" __global__ void __launch_bounds__({THREADS}) {squares_name(state)}(
 
 
 HALVE = "optserve_halve"
-CLEAR = {width: f"optserve_clear_{8 * width}" for width in (2, 4, 8)}
+CLEAR, TAKE, PUT = ({width: f"optserve_{what}_{8 * width}" for width in (2, 4, 8)} for what in ("clear", "take", "put"))
 
 COMMON = f"""\
 // Each row's {HALVED} * width values are halved onto each other until width are left.
@@ -289,18 +289,32 @@ extern "C" __global__ void __launch_bounds__({THREADS}) {CLEAR[width]}(
   const Index stride = stride_of();
   for (Index i = first_of(); i < n; i += stride) array[indices[i]] = 0;
 }}
+extern "C" __global__ void __launch_bounds__({THREADS}) {TAKE[width]}(
+    const {word}* __restrict__ rows, const Index* __restrict__ ids, {word}* __restrict__ into,
+    const Index size, const Index n) {{
+  const Index stride = stride_of();
+  for (Index i = first_of(); i < n; i += stride) into[i] = rows[ids[i / size] * size + i % size];
+}}
+extern "C" __global__ void __launch_bounds__({THREADS}) {PUT[width]}(
+    const {word}* __restrict__ values, const Index* __restrict__ ids, {word}* __restrict__ rows,
+    const Index size, const Index n) {{
+  const Index stride = stride_of();
+  for (Index i = first_of(); i < n; i += stride) rows[ids[i / size] * size + i % size] = values[i];
+}}
 """
     for width, word in ((2, "unsigned short"), (4, "unsigned"), (8, "unsigned long long"))
 )
-"""Kernels of no dtype: `halve` (lanes, sums, rows, width) and, for each width in bytes, `clear` (array, indices, count)."""
+"""Kernels of no dtype: `halve` (lanes, sums, rows, width) and, for each width in bytes, `clear` (array, indices, count), `take`
+(a matrix, numbers of rows, where these come, elements of a row, of all) and `put` (rows, their numbers, a matrix, the same)."""
 
 
 def shared() -> tuple[str, tuple[str, ...]]:
     """The source of all kernels that do not depend on an optimizer, and their names."""
     wire = [np.dtype(kind) for kind in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
     narrow, states = wire[2:], wire[:2]
-    texts = [folds(state_dtype(dtype), dtype) for dtype in wire] + [narrowing(dtype) for dtype in narrow]
+    pairs = [(state, dtype) for state in states for dtype in wire if dtype.itemsize <= state.itemsize]
+    texts = [folds(*pair) for pair in pairs] + [narrowing(dtype) for dtype in narrow]
     texts += [squares(state) for state in states]
-    names = [fold_name(state_dtype(dtype), dtype, first) for dtype in wire for first in (True, False)]
+    names = [fold_name(*pair, first) for pair in pairs for first in (True, False)]
     names += [narrow_name(dtype) for dtype in narrow] + [squares_name(state) for state in states]
-    return "".join([PRELUDE, *texts, COMMON]), (*names, HALVE, *CLEAR.values())
+    return "".join([PRELUDE, *texts, COMMON]), (*names, HALVE, *CLEAR.values(), *TAKE.values(), *PUT.values())
