@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from every_backend import GPU
+from every_backend import GPU, NUMBA
 from host_kernels import needs_compiler
 
 from optserve.server.backends.numpy import NumpyBackend
@@ -95,7 +95,7 @@ def test_the_sum_is_that_of_the_widened_gradients(house: Build, parameters: Any,
             assert found[name].tobytes() == expected[name].tobytes(), name
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cupy-on-host", marks=needs_compiler), "numba", GPU])
+@pytest.mark.parametrize("backend", [pytest.param("cupy-on-host", marks=needs_compiler), NUMBA, GPU])
 @pytest.mark.parametrize(("parameters", "kinds"), [(F32, [F16, BF16]), (F64, [F32, BF16]), (BF16, [F32, F16])], ids=str)
 def test_every_backend_sums_them_to_the_same_bits(house: Build, backend: str, parameters: Any, kinds: list[Any]) -> None:
     ranks = [(kind, narrow(rank, kind)) for rank, kind in enumerate(kinds)]

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from every_backend import NUMBA
 
 from optserve.server.rounds.tickets import Done, Resend
 from optserve.v1 import data_pb2, jobs_pb2, types_pb2
@@ -116,7 +117,7 @@ def shuffled_round(ranks: list[Any], contents: list[Any], order: random.Random) 
     assert all(isinstance(future.result(20), Done) for future in waiting)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", ["numpy", NUMBA])
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.0, 3.0, 7.0], [5.0, 0.0, 1.0]], ids=str)
 @pytest.mark.parametrize(("parameters", "kinds"), [(F32, [F32] * 3), (F64, [F32, F64, F16]), (BF16, [F32, BF16, F16])], ids=str)
 def test_the_rows_are_the_definition_whatever_comes_first(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every_backend import NUMBA
 
 from optserve.server.records import Caller
 from optserve.server.rounds.tickets import Done, Resend
@@ -62,7 +63,7 @@ def update(running: Any, seq: int = 1, **changes: Any) -> Any:
 # Clipping
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", ["numpy", NUMBA])
 def test_the_norm_is_of_all_arrays_and_told_before_it_was_clipped(house: Build, backend: str) -> None:
     running = house(W, backend, workers=2, rules=Rules(clip_grad_norm=1.0))
     running.join(), running.join()
@@ -77,7 +78,7 @@ def test_the_norm_is_of_all_arrays_and_told_before_it_was_clipped(house: Build, 
     assert float(event.fields["grad_norm"]) == value["grad_norm"]
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", ["numpy", NUMBA])
 def test_clip_by_value_clips_the_mean(house: Build, backend: str) -> None:
     """And not each rank's own: 2 and -1 give 0.5."""
     running = house(W, backend, workers=2, rules=Rules(clip_grad_value=0.75))
@@ -232,7 +233,7 @@ def test_a_skipped_round_whose_changes_do_not_go_together_is_an_error_and_no_def
 # Accumulation
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", ["numpy", NUMBA])
 @pytest.mark.parametrize("consistency", [jobs_pb2.CONSISTENCY_SYNC, jobs_pb2.CONSISTENCY_ASYNC])
 def test_every_kth_round_steps_with_the_mean_of_all(house: Build, backend: str, consistency: Any) -> None:
     running = house(W, backend, consistency=consistency, rules=Rules(accumulation=4, clip_grad_norm=2.0))
