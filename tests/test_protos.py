@@ -8,12 +8,23 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 
-from optserve.v1 import checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, server_pb2, state_pb2, types_pb2, workers_pb2
+from optserve.v1 import (
+    checkpoints_pb2,
+    data_pb2,
+    jobs_pb2,
+    optimizer_pb2,
+    parameters_pb2,
+    server_pb2,
+    state_pb2,
+    types_pb2,
+    workers_pb2,
+)
 from optserve.wire.methods import METHODS
 
 FOLDER = Path(__file__).parents[1] / "protos/optserve/v1"
 FILES = [
-    module.DESCRIPTOR for module in (checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, server_pb2, state_pb2, workers_pb2)
+    module.DESCRIPTOR
+    for module in (checkpoints_pb2, data_pb2, jobs_pb2, optimizer_pb2, parameters_pb2, server_pb2, state_pb2, workers_pb2)
 ]
 RPCS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method
