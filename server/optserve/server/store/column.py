@@ -13,7 +13,7 @@ from optserve.server.formulas import Elementwise, Optimizer
 from optserve.server.store.slots import FlatSlots, ShapedSlots, Slots, allocated, real_shape
 from optserve.server.store.state import MASTER, StoreState
 from optserve.wire.dtypes import state_dtype, storage_dtype
-from optserve.wire.errors import OutOfMemoryError
+from optserve.wire.errors import InvalidArgumentError, OutOfMemoryError
 from optserve.wire.layout import ALIGNMENT, Array, Place
 
 FlatArray = npt.NDArray[Any]
@@ -79,6 +79,15 @@ class Column:
     def takes(self, gradient: FlatArray) -> bool:
         """Whether a gradient has this array's length, and its state or wire dtype."""
         return gradient.shape == self.weights.shape and gradient.dtype in (self.state_dtype, self.array.dtype)
+
+    def checked(self, gradient: FlatArray | None) -> FlatArray:
+        """InvalidArgumentError unless there is one that it takes."""
+        if gradient is None or not self.takes(gradient):
+            raise InvalidArgumentError(
+                f"array {self.array.array_id} needs a gradient of {self.array.length} elements of dtype "
+                f"{self.state_dtype} or {self.array.dtype}"
+            )
+        return gradient
 
     # Values
 

@@ -48,12 +48,7 @@ def flat_entries(
         runs = column.runs(absent)
         if not runs:
             continue
-        found = gradients.get(column.array.array_id)
-        if found is None or not column.takes(found):
-            raise InvalidArgumentError(
-                f"array {column.array.array_id} needs a gradient of {column.array.length} elements of dtype "
-                f"{column.state_dtype} or {column.array.dtype}"
-            )
+        found = column.checked(gradients.get(column.array.array_id))
         entries.append(Entry(column, groups[column.array.group], found, runs))
     return entries
 

@@ -1,4 +1,4 @@
-"""The store of one job: it owns the flat arrays and the lock that says who may read or change them."""
+"""The store of one job: its weights with all that belongs to them, stepped, summed up, taken out and put back."""
 
 from __future__ import annotations
 

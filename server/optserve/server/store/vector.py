@@ -12,7 +12,6 @@ from optserve.server.backends import Backend
 from optserve.server.store.column import Column
 from optserve.server.store.extras import vector_dtype, vector_length
 from optserve.wire import rows
-from optserve.wire.errors import InvalidArgumentError
 from optserve.wire.layout import Layout, Place
 from optserve.wire.rows import Rows, Sums
 
@@ -76,13 +75,7 @@ class Vector:
         column = self._columns[place.array_id]
         if place.index in sums.sparse:
             return self.backend.place(_whole(place, sums.sparse[place.index], column.state_dtype))
-        found = dense.get(place.array_id)
-        if found is None or not column.takes(found):
-            raise InvalidArgumentError(
-                f"array {place.array_id} needs a gradient of {column.array.length} elements of dtype "
-                f"{column.state_dtype} or {column.array.dtype}"
-            )
-        return found[place.offset : place.offset + place.size]
+        return column.checked(dense.get(place.array_id))[place.offset : place.offset + place.size]
 
 
 def _whole(place: Place, given: Rows, dtype: np.dtype[Any]) -> FlatArray:
